@@ -1,0 +1,38 @@
+"""Every parameter-efficient way to fine-tune a pretrained model, behind one interface, measured side by side.
+
+Importing this package loads neither torch nor transformers: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "Targets": "deltune.backbone",
+    "Tuned": "deltune.tuned",
+    "anatomy_of": "deltune.backbone",
+    "attach": "deltune.tuned",
+    "fit": "deltune.training",
+    "load": "deltune.loading",
+    "register": "deltune.methods",
+}
+
+__all__ = ["Targets", "Tuned", "__version__", "anatomy_of", "attach", "fit", "load", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    if not name.startswith("_") and name[:1].isupper():
+        methods = importlib.import_module("deltune.methods").all_methods()
+        by_class = {method.__name__: method for method in methods.values()}
+        if name in by_class:
+            return by_class[name]
+    raise AttributeError(f"module 'deltune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,169 @@
+"""One method attached to one model under a name: its forms at their sites, its selected parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltune.backbone import Anatomy
+from deltune.errors import MethodError, StateError, TargetError
+from deltune.methods.base import Method
+from deltune.sites import Form, ParameterSite, Selection, Site
+
+__all__ = ["BANK", "Attachment", "Bank"]
+
+#: Name of the submodule that holds the forms, in each layer that has some and in the model itself.
+BANK = "deltune"
+
+
+class Bank(nn.Module):
+    """Holds the forms of one layer: first by attachment, then by site."""
+
+
+@dataclass
+class Placed:
+    """A form, the site it acts at (None for a shared module), and the module that owns it."""
+
+    key: str
+    form: Form
+    site: Site | None
+    owner: str
+
+
+@dataclass
+class Attachment:
+    """A method, its forms by key, and the model's own parameters that it trains.
+
+    Keys are those of the sites (``encoder.3.attention.query``), preceded by the part's number in a sum.
+    """
+
+    name: str
+    method: Method
+    placed: dict[str, Placed]
+    selection: Selection
+    head_names: tuple[str, ...]
+    task: dict[str, Any] | None = None
+    steps: int = field(default=0)
+
+    @classmethod
+    def build(
+        cls, name: str, method: Method, model: nn.Module, anatomy: Anatomy, reversible: bool, train_head: bool
+    ) -> Attachment:
+        """Place ``method`` on ``model``, without touching it.
+
+        Raises:
+            MethodError: if the method would train nothing but the head although it is meant to.
+            TargetError: if a target selects nothing.
+        """
+        placed: dict[str, Placed] = {}
+        selected: list[ParameterSite] = []
+        for placement in method.place(model, anatomy):
+            if isinstance(placement.site, ParameterSite):
+                selected.append(placement.site)
+                continue
+            if placement.form is None:
+                raise MethodError(f"{method.name} places no form at {placement.site}.")
+            key = placement.shared if placement.site is None else placement.site.key
+            key = key if placement.part is None else f"{placement.part}.{key}"
+            if key in placed:
+                raise TargetError(f"{method.name} acts twice at {key!r}: name each target once.")
+            owner = "" if placement.site is None else _owner(placement.site, anatomy, model)
+            placed[key] = Placed(key, placement.form, placement.site, owner)
+        head = _head_parameters(model, anatomy) if train_head else ()
+        only_selects = bool(selected)
+        selection = Selection(
+            model, [*selected, *(ParameterSite(item) for item in head)], reversible or not only_selects
+        )
+        head_names = tuple(item for item in head if item in selection.values)
+        return cls(name, method, placed, selection, head_names)
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Every form by key."""
+        return {key: placed.form for key, placed in self.placed.items()}
+
+    @property
+    def sites(self) -> Iterator[tuple[str, Site, Form]]:
+        """Every form that acts at a site."""
+        for key, placed in self.placed.items():
+            if placed.site is not None:
+                yield key, placed.site, placed.form
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything that this attachment trains: ``key.parameter`` for forms, full names for selected ones."""
+        for key, placed in self.placed.items():
+            for name, parameter in placed.form.named_parameters():
+                yield f"{key}.{name}", parameter
+        yield from self.selection
+
+    def trainable(self, trainable: bool) -> None:
+        """Let the optimizer see this attachment's parameters, or not."""
+        for _, parameter in self.parameters():
+            parameter.requires_grad_(trainable)
+
+    def register(self, modules: Mapping[str, nn.Module]) -> None:
+        """Make the forms submodules of their layers, so that they move, and are counted, with the model."""
+        for placed in self.placed.values():
+            owner = modules[placed.owner]
+            if BANK not in owner._modules:
+                owner.add_module(BANK, Bank())
+            bank: nn.Module = owner.get_submodule(BANK)
+            if self.name not in bank._modules:
+                bank.add_module(self.name, Bank())
+            bank.get_submodule(self.name).add_module(placed.key.replace(".", "_"), placed.form)
+
+    def unregister(self, modules: Mapping[str, nn.Module]) -> None:
+        """Undo :meth:`register`."""
+        for owner_name in {placed.owner for placed in self.placed.values()}:
+            owner = modules[owner_name]
+            bank = owner._modules.get(BANK)
+            if bank is None:
+                continue
+            bank._modules.pop(self.name, None)
+            if not bank._modules:
+                del owner._modules[BANK]
+
+    def merged(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """The model's parameters with this attachment folded in, by full name.
+
+        Raises:
+            StateError: if the method cannot be merged, or two of its forms change one matrix.
+        """
+        if not self.method.mergeable:
+            raise StateError(
+                f"{self.method.name} cannot be merged: its change is not a change of weights. Keep it attached, or "
+                "use a method that can be merged, such as lora."
+            )
+        values = self.selection.merged()
+        for _, site, form in self.sites:
+            for name, value in site.merge(form, modules).items():
+                if name in values:
+                    # a second part of a fused matrix: add its own change to what is merged already
+                    original = modules[name.rpartition(".")[0]].get_parameter(name.rpartition(".")[2])
+                    value = values[name] + (value - original.detach())
+                values[name] = value
+        return values
+
+    def penalty(self) -> Tensor | None:
+        """The method's additional loss, if it has one."""
+        return self.method.penalty(self.forms)
+
+
+def _owner(site: Site, anatomy: Anatomy, model: nn.Module) -> str:
+    """The layer that holds the site, or "" for the model itself."""
+    for stack in anatomy.stacks.values():
+        for layer in stack.layers:
+            if f"{site.part.module}.".startswith(f"{layer}."):
+                container = model.get_submodule(layer)
+                # a child of a container that calls its children would be called too
+                return "" if isinstance(container, nn.Sequential | nn.ModuleList) else layer
+    return ""
+
+
+def _head_parameters(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+    return tuple(
+        f"{module}.{name}" for module in anatomy.head for name, _ in model.get_submodule(module).named_parameters()
+    )

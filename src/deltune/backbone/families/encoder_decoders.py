@@ -1,0 +1,114 @@
+"""Rows of encoder-decoder models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from deltune.backbone.families.rows import AttentionRow, Family, FeedForwardRow, StackRow, TokenRow
+
+__all__ = ["ENCODER_DECODERS"]
+
+
+def _t5_attention(block: str, result: str) -> AttentionRow:
+    return AttentionRow(
+        block=block,
+        query=f"{block}.q",
+        key=f"{block}.k",
+        value=f"{block}.v",
+        output=f"{block}.o",
+        result=result,
+    )
+
+
+def _t5_ffn(index: int, gated: bool) -> FeedForwardRow:
+    block = f"layer.{index}.DenseReluDense"
+    return FeedForwardRow(
+        up=f"{block}.wi_1" if gated else f"{block}.wi",
+        gate=f"{block}.wi_0" if gated else None,
+        down=f"{block}.wo",
+        result=f"layer.{index}.dropout",
+        block=block,
+    )
+
+
+def _t5(gated: bool) -> tuple[StackRow, StackRow]:
+    attention = _t5_attention("layer.0.SelfAttention", "layer.0.dropout")
+    encoder = StackRow(
+        name="encoder",
+        layers="encoder.block",
+        embeddings="encoder.embed_tokens",
+        attention=attention,
+        ffn=_t5_ffn(1, gated),
+        norms=("layer.0.layer_norm", "layer.1.layer_norm"),
+        outer_norms=("encoder.final_layer_norm",),
+        tokens=TokenRow(entry="encoder", exit="encoder", reader="decoder"),
+        heads="num_heads",
+    )
+    decoder = replace(
+        encoder,
+        name="decoder",
+        layers="decoder.block",
+        embeddings="decoder.embed_tokens",
+        ffn=_t5_ffn(2, gated),
+        norms=("layer.0.layer_norm", "layer.1.layer_norm", "layer.2.layer_norm"),
+        outer_norms=("decoder.final_layer_norm",),
+        cross=_t5_attention("layer.1.EncDecAttention", "layer.1.dropout"),
+        tokens=TokenRow(entry="decoder", exit="decoder"),
+    )
+    return encoder, decoder
+
+
+def _bart_attention(block: str) -> AttentionRow:
+    return AttentionRow(
+        block=block,
+        query=f"{block}.q_proj",
+        key=f"{block}.k_proj",
+        value=f"{block}.v_proj",
+        output=f"{block}.out_proj",
+        result=f"{block}.out_proj",
+    )
+
+
+# Dropout is a function here, so the results are the linear maps before it. The two first rows of a table of
+# positions stand for no position.
+_BART_ENCODER = StackRow(
+    name="encoder",
+    layers="encoder.layers",
+    embeddings="encoder.embed_tokens",
+    attention=_bart_attention("self_attn"),
+    ffn=FeedForwardRow(up="fc1", down="fc2", result="fc2"),
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    outer_norms=("encoder.layernorm_embedding",),
+    tokens=TokenRow(
+        entry="encoder", exit="encoder", reader="decoder", table="encoder.embed_positions", reserved=2
+    ),
+    heads="encoder_attention_heads",
+)
+_BART_DECODER = replace(
+    _BART_ENCODER,
+    name="decoder",
+    layers="decoder.layers",
+    embeddings="decoder.embed_tokens",
+    norms=("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    outer_norms=("decoder.layernorm_embedding",),
+    cross=_bart_attention("encoder_attn"),
+    tokens=TokenRow(entry="decoder", exit="decoder", table="decoder.embed_positions", reserved=2),
+    heads="decoder_attention_heads",
+)
+
+# The encoder reads sound: convolutions make its inputs and positions are added between modules, so no
+# module's output could be widened by additional positions.
+_WHISPER_ENCODER = replace(
+    _BART_ENCODER, embeddings="encoder.conv1", outer_norms=("encoder.layer_norm",), tokens=None
+)
+_WHISPER_DECODER = replace(
+    _BART_DECODER,
+    outer_norms=("decoder.layer_norm",),
+    tokens=TokenRow(entry="decoder", exit="decoder", table="decoder.embed_positions"),
+)
+
+ENCODER_DECODERS: tuple[Family, ...] = (
+    Family("t5", ("t5",), _t5(gated=False) + _t5(gated=True)),
+    Family("bart", ("bart",), (_BART_ENCODER, _BART_DECODER)),
+    Family("whisper", ("whisper",), (_WHISPER_ENCODER, _WHISPER_DECODER)),
+)

@@ -1,0 +1,18 @@
+"""Read and write attachments: what was trained, and nothing else."""
+
+from __future__ import annotations
+
+from deltune.checkpoints.files import write_atomically, write_json, write_tensors
+from deltune.checkpoints.native import DESCRIPTION_FILE, TENSOR_FILE, fill, read, read_description, write
+
+__all__ = [
+    "DESCRIPTION_FILE",
+    "TENSOR_FILE",
+    "fill",
+    "read",
+    "read_description",
+    "write",
+    "write_atomically",
+    "write_json",
+    "write_tensors",
+]

@@ -1,0 +1,71 @@
+"""Files that are whole or absent: written beside their place, then moved there in one step."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltune.errors import CheckpointError
+
+__all__ = ["write_atomically", "write_json", "write_tensors"]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file, then put it at ``path``; on failure ``path`` is untouched.
+
+    Raises:
+        CheckpointError: if the disk is full or the place cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except Exception as error:
+        if not isinstance(error, OSError) and "rror" not in type(error).__name__:
+            raise
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full and not isinstance(error, OSError):
+            raise
+        reason = "the disk is full" if full else str(error)
+        raise CheckpointError(
+            f"Could not write {path}: {reason}. What stood there before is untouched. "
+            "Free some space or choose another folder, and run the same command again."
+        ) from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write ``tensors`` as safetensors, atomically; each is stored once, contiguous, from the CPU."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(ready, str(temporary), metadata=dict(metadata)))
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,157 @@
+"""deltune's own format: a folder with ``delta.safetensors`` and ``deltune.json``.
+
+The safetensors file alone is complete: its header holds the description (method, base model, task) that the
+JSON file repeats for people. So a save replaces one file, and a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import deltune
+from deltune.attachment import Attachment
+from deltune.checkpoints.files import write_json, write_tensors
+from deltune.errors import CheckpointError, nearest
+
+__all__ = ["DESCRIPTION_FILE", "TENSOR_FILE", "fill", "read", "read_description", "write"]
+
+TENSOR_FILE = "delta.safetensors"
+DESCRIPTION_FILE = "deltune.json"
+_FORMAT = 1
+
+
+def write(attachment: Attachment, base_model: Mapping[str, Any], path: str | Path) -> Path:
+    """Write what ``attachment`` trained into the folder ``path``, with a description of its base model.
+
+    Raises:
+        CheckpointError: if it cannot be written; what stood there before is untouched then.
+    """
+    folder = Path(path)
+    description = _description(attachment, base_model)
+    tensors = _stored_tensors(attachment)
+    header = {"format": "pt", "deltune": json.dumps(description, sort_keys=True)}
+    write_tensors(folder / TENSOR_FILE, tensors, header)
+    shapes = {key: [str(value.dtype).removeprefix("torch."), *value.shape] for key, value in tensors.items()}
+    write_json(folder / DESCRIPTION_FILE, {**description, "tensors": shapes})
+    return folder
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """What a folder says of its delta: method, base model, task, versions.
+
+    Raises:
+        CheckpointError: if it holds no delta or a damaged one.
+    """
+    return read(path, tensors=False)[0]
+
+
+def _description(attachment: Attachment, base_model: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "name": attachment.name,
+        "method": attachment.method.stored().to_dict(),
+        "base_model": dict(base_model),
+        "head": list(attachment.head_names),
+        "task": attachment.task,
+        "versions": {"deltune": deltune.__version__, "torch": str(torch.__version__)},
+    }
+
+
+def _stored_tensors(attachment: Attachment) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for key, placed in attachment.placed.items():
+        form = placed.form.stored()
+        if form is not None:
+            tensors.update({f"{key}.{name}": value for name, value in form.named_parameters()})
+    tensors.update(dict(attachment.selection))
+    return tensors
+
+
+def read(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description in the folder ``path``, and its tensors by key.
+
+    Raises:
+        CheckpointError: if it holds no delta or a damaged one.
+    """
+    folder = Path(path)
+    file = folder / TENSOR_FILE
+    if not file.is_file():
+        raise CheckpointError(_absent(folder))
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            metadata = stream.metadata() or {}
+            values = {key: stream.get_tensor(key) for key in stream.keys()} if tensors else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is damaged or cut short ({error}). Save or copy it again; nothing was loaded."
+        ) from error
+    if "deltune" not in metadata:
+        raise CheckpointError(f"{file} was not written by deltune: its header has no description.")
+    description: dict[str, Any] = json.loads(metadata["deltune"])
+    if description["format"] > _FORMAT:
+        raise CheckpointError(
+            f"{file} has format {description['format']}; this deltune reads up to {_FORMAT}. Upgrade deltune."
+        )
+    return description, values
+
+
+def _absent(folder: Path) -> str:
+    if not folder.exists():
+        around = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        close = nearest(folder.name, around)
+        return f"{folder} does not exist." + (f" Did you mean {' or '.join(close)}?" if close else "")
+    below = sorted(str(found.parent) for found in folder.glob(f"*/{TENSOR_FILE}"))
+    if below:
+        return f"{folder} holds no delta itself, but these folders do: {', '.join(below[:5])}."
+    return f"{folder} holds no delta: there is no {TENSOR_FILE} in it. Give the folder that save() wrote."
+
+
+def fill(
+    attachment: Attachment, tensors: Mapping[str, Tensor], head: set[str], strict: bool, folder: str | Path
+) -> None:
+    """Copy tensors into the attachment's parameters.
+
+    Args:
+        attachment: freshly built by the method that the tensors were trained with.
+        tensors: by key, as :func:`read` gives them.
+        head: keys of the tensors that belong to the task head.
+        strict: if False, a head may be missing on either side.
+        folder: where they were read, for messages.
+
+    Raises:
+        CheckpointError: naming every missing, unexpected and misshapen tensor; nothing is copied then.
+    """
+    parameters = dict(attachment.parameters())
+    missing = [key for key in parameters if key not in tensors]
+    unexpected = [key for key in tensors if key not in parameters]
+    misshapen = [
+        f"{key} is {tuple(tensors[key].shape)} in the file and {tuple(parameter.shape)} in the model"
+        for key, parameter in parameters.items()
+        if key in tensors and tensors[key].shape != parameter.shape
+    ]
+    if not strict:
+        unexpected = [key for key in unexpected if key not in head]
+        missing = [key for key in missing if key not in attachment.head_names]
+    problems = [
+        f"{label}: {'; '.join(items[:8])}" + (f"; and {len(items) - 8} more" if len(items) > 8 else "")
+        for label, items in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if items
+    ]
+    if problems:
+        hint = (
+            " The model has no head like the one that was trained: load it with the right class, or pass strict=False."
+            if head & {*unexpected, *(item.split(" ")[0] for item in misshapen)}
+            else ""
+        )
+        raise CheckpointError(f"{folder} does not fit this model. " + ". ".join(problems) + "." + hint)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            if key in tensors:
+                parameter.copy_(tensors[key])

@@ -1,0 +1,12 @@
+"""Methods: one file each, found by themselves.
+
+``register`` makes a class known; ``get`` and ``parse`` find methods by name or text.
+"""
+
+from __future__ import annotations
+
+from deltune.methods.base import Method, Paper, Placement, Sum
+from deltune.methods.options import option
+from deltune.methods.registry import all_methods, get, parse, register
+
+__all__ = ["Method", "Paper", "Placement", "Sum", "all_methods", "get", "option", "parse", "register"]

@@ -1,0 +1,1 @@
+"""Methods that add modules, keys and values, or input positions."""

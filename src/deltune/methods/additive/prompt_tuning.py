@@ -1,0 +1,91 @@
+"""Prompt tuning: trainable rows in front of the embedded input.
+
+Letters: P number of rows, d width of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltune.backbone import Anatomy, Targets
+from deltune.errors import MethodError
+from deltune.methods.base import Method, Paper, Placement
+from deltune.methods.options import option
+from deltune.methods.registry import register
+from deltune.sites import Insertion, TokenForm, TokenSite, token_sites
+
+__all__ = ["Prompt", "PromptTuning"]
+
+#: The vocabulary initialisation draws from the first ids, where tokenizers keep frequent tokens (the paper).
+_FREQUENT = 5000
+
+
+class Prompt(TokenForm):
+    """P free rows, (P, d).
+
+    Args:
+        rows: their initial values.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows.detach().clone())
+        self.length = rows.shape[0]
+
+    def forward(self) -> Tensor:
+        """The rows, (P, d)."""
+        return self.rows
+
+
+@register
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    r"""P trainable embedding vectors in front of the embedded text: the model reads [E_p; X].
+
+    They take positions 0 to P-1 and the text begins at P; their outputs never reach the head or the loss. In
+    encoder-decoder models they enter the encoder. Not the identity at the start. Needs a much higher learning
+    rate than other methods, and larger models: below a billion parameters expect less than an adapter gives.
+
+    Lester et al. 2021, arXiv 2104.08691, section 2. ``vocabulary`` draws distinct rows of the embedding table
+    from its first 5,000; ``uniform`` is U(-0.5, 0.5) (the authors' code draws from [0, 0.5)).
+    """
+
+    length: int = option(20, "number P of rows", minimum=1)
+    initialization: str = option("vocabulary", "where the rows start", choices=("vocabulary", "uniform"))
+    targets: Targets = option(Targets(("embeddings",)), "the input of which stacks")
+
+    name: ClassVar[str] = "prompt-tuning"
+    branch: ClassVar[str] = "additive"
+    insertion: ClassVar[Insertion] = Insertion.TOKENS
+    paper: ClassVar[Paper] = Paper(
+        "Lester et al.", "The Power of Scale for Parameter-Efficient Prompt Tuning", 2021, "2104.08691"
+    )
+    learning_rate: ClassVar[float] = 3e-2
+    unchanged_at_start: ClassVar[bool] = False
+
+    def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
+        """Rows for the input of every selected stack."""
+        modules = dict(model.named_modules())
+        for site in token_sites(model, anatomy, self.targets):
+            table = modules[site.embeddings] if site.embeddings else None
+            yield Placement(site, Prompt(self._rows(site, table)))
+
+    def _rows(self, site: TokenSite, table: nn.Module | None) -> Tensor:
+        if self.initialization == "uniform" or table is None:
+            return torch.empty(self.length, site.hidden_size, dtype=site.dtype, device=site.device).uniform_(-0.5, 0.5)
+        count = min(_FREQUENT, int(table.num_embeddings))  # type: ignore[arg-type]
+        if self.length > count:
+            raise MethodError(
+                f"{self.length} distinct rows cannot be drawn from a vocabulary of {count}. Use a shorter prompt or "
+                "initialization=uniform."
+            )
+        ids = torch.randperm(count)[: self.length].to(site.device)
+        with torch.no_grad():
+            # through the module, because some models scale their embeddings
+            rows: Tensor = table(ids)
+        return rows.to(site.dtype)

@@ -1,0 +1,115 @@
+"""Sequential adapters: a small bottleneck after each sublayer, with its own residual connection.
+
+Letters: d hidden size, m width of the bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from deltune.backbone import Anatomy, Targets
+from deltune.errors import MethodError, suggestion
+from deltune.methods.base import Method, Paper, Placement
+from deltune.methods.options import option
+from deltune.methods.registry import register
+from deltune.sites import Insertion, ParameterSite, SublayerForm, SublayerSite, sublayer_sites
+
+__all__ = ["Bottleneck", "SequentialAdapter"]
+
+
+class Bottleneck(SublayerForm):
+    r"""dh = W_up phi(W_down h + b_down) + b_up.
+
+    W_down (m, d) and W_up (d, m) are normal with the given standard deviation, truncated at two of them;
+    biases are zero.
+
+    Args:
+        features: d.
+        width: m.
+        activation: name of phi, as transformers knows it.
+        standard_deviation: of the initial weights.
+        dtype: type of the parameters.
+        device: where they are.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        activation: str = "gelu_pytorch_tanh",
+        standard_deviation: float = 1e-2,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(features, width, dtype=dtype, device=device)
+        self.up = nn.Linear(width, features, dtype=dtype, device=device)
+        self.activation = ACT2FN[activation]
+        for linear in (self.down, self.up):
+            bound = 2 * standard_deviation
+            nn.init.trunc_normal_(linear.weight, std=standard_deviation, a=-bound, b=bound)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The change (..., d) for h (..., d)."""
+        kind = h.dtype
+        narrow = self.activation(F.linear(h, self.down.weight.to(kind), self.down.bias.to(kind)))
+        return F.linear(narrow, self.up.weight.to(narrow.dtype), self.up.bias.to(narrow.dtype))
+
+
+@register
+@dataclass(frozen=True)
+class SequentialAdapter(Method):
+    r"""Adapters after the attention and the feed-forward sublayer: h <- h + W_up phi(W_down h + b) + b.
+
+    They act on a sublayer's result before it joins the residual stream. Near the identity at the start. With
+    ``train_norms`` every normalisation layer is trained too, as in the paper.
+
+    Houlsby et al. 2019, arXiv 1902.00751, section 2.1. Initialised with the paper's standard deviation of 1e-2
+    (the authors' code uses 1e-3).
+    """
+
+    width: int = option(64, "width m of the bottleneck", minimum=1)
+    activation: str = option("gelu_pytorch_tanh", "the bottleneck's non-linearity, as transformers names it")
+    standard_deviation: float = option(1e-2, "of the initial weights; 0 leaves the model unchanged", minimum=0)
+    train_norms: bool = option(True, "train the normalisation layers too, as the paper does")
+    targets: Targets = option(Targets(("attention", "ffn")), "after which sublayers")
+
+    name: ClassVar[str] = "sequential-adapter"
+    branch: ClassVar[str] = "additive"
+    insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    paper: ClassVar[Paper] = Paper(
+        "Houlsby et al.", "Parameter-Efficient Transfer Learning for NLP", 2019, "1902.00751"
+    )
+    learning_rate: ClassVar[float] = 1e-3
+    weight_decay: ClassVar[float] = 0.01
+    unchanged_at_start: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activation not in ACT2FN:
+            raise MethodError(
+                f"{self.name}: there is no activation {self.activation!r}. {suggestion(self.activation, ACT2FN)}"
+            )
+
+    def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
+        """A bottleneck after every selected sublayer, and the normalisation layers."""
+        for site in sublayer_sites(model, anatomy, self.targets):
+            yield Placement(site, self._form(site))
+        if self.train_norms:
+            modules = dict(model.named_modules())
+            for part in anatomy.of("norm"):
+                for name, _ in modules[part.module].named_parameters(recurse=False):
+                    yield Placement(ParameterSite(f"{part.module}.{name}"))
+
+    def _form(self, site: SublayerSite) -> Bottleneck:
+        return Bottleneck(
+            site.hidden_size, self.width, self.activation, self.standard_deviation, site.dtype, site.device
+        )

@@ -1,0 +1,219 @@
+"""What a method is: frozen hyperparameters, and where it places which forms.
+
+A method is one file: a frozen dataclass deriving from :class:`Method`, registered by its name, with the forms
+that it needs. Everything else (command line, comparison, saving, pages) reads what stands here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, get_type_hints
+
+from torch import Tensor, nn
+
+from deltune.backbone import Anatomy, Targets
+from deltune.errors import MethodError, suggestion
+from deltune.methods.options import check, converted, type_name
+from deltune.sites import Form, Insertion, ParameterSite, Site
+
+__all__ = ["Branch", "Method", "Paper", "Placement", "Sum"]
+
+#: The branches of the field: what is added, selected or reparameterised, and mixtures.
+Branch = str
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    authors: str
+    title: str
+    year: int
+    arxiv: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.authors} ({self.year}), {self.title}"
+        return f"{text}, arXiv:{self.arxiv}" if self.arxiv else text
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A form at a site; or one of the model's own parameters that is to train.
+
+    ``site`` is a :class:`Site` with its ``form``, a :class:`ParameterSite` without, or None for a module that
+    several forms share and that is kept under the name ``shared``. ``part`` is the number of the method in a sum.
+    """
+
+    site: Site | ParameterSite | None
+    form: Form | None = None
+    shared: str = ""
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to tune a model: its hyperparameters are its fields, with the paper's defaults.
+
+    Class attributes that every method defines:
+        name: on the command line and in files.
+        branch: ``reparameterized``, ``additive``, ``selective`` or ``hybrid``.
+        insertion: what its forms read and change.
+        paper: its source.
+        learning_rate: default peak rate for AdamW.
+        weight_decay: default.
+        unchanged_at_start: whether a freshly attached method leaves the outputs exactly as they were.
+        mergeable: whether it can be folded into the model's weights.
+
+    Raises:
+        MethodError: when built with a value of the wrong type or out of bounds.
+    """
+
+    name: ClassVar[str]
+    branch: ClassVar[Branch]
+    insertion: ClassVar[Insertion]
+    paper: ClassVar[Paper]
+    learning_rate: ClassVar[float]
+    weight_decay: ClassVar[float] = 0.0
+    unchanged_at_start: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            value = converted(getattr(self, item.name), hints[item.name])
+            object.__setattr__(self, item.name, value)
+            check(self.name, item, value, hints[item.name])
+
+    @abstractmethod
+    def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
+        """Every form at its site, newly initialised, for ``model``.
+
+        Raises:
+            TargetError: if a target selects nothing in this model.
+            MethodError: if a hyperparameter does not fit this model.
+        """
+
+    def stored(self) -> Method:
+        """The method under which its stored forms are written; see :meth:`Form.stored`."""
+        return self
+
+    def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
+        """Set-up from data, before training; nothing by default."""
+
+    def penalty(self, forms: Mapping[str, Form]) -> Tensor | None:
+        """Loss to add while training: the sum of the forms' own penalties, None if there is none."""
+        penalties = [penalty for form in forms.values() if (penalty := form.penalty()) is not None]
+        return sum(penalties[1:], penalties[0]) if penalties else None
+
+    def after_step(self, forms: Mapping[str, Form], step: int) -> None:
+        """Called after each optimizer step once the optimizer is bound; nothing by default.
+
+        Args:
+            forms: the forms of this attachment by key.
+            step: number of steps taken, from 1.
+        """
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and hyperparameters as plain values, for files."""
+        values: dict[str, Any] = {"name": self.name}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Targets):
+                value = str(value)
+            values[item.name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Method:
+        """Build from named values, which may be text as typed on a command line.
+
+        Raises:
+            MethodError: if a name is unknown or a value invalid.
+        """
+        names = [item.name for item in dataclasses.fields(cls)]
+        for given in options:
+            if given not in names:
+                raise MethodError(
+                    f"{cls.name} has no option {given!r}. {suggestion(given, names)} "
+                    f"`deltune methods {cls.name}` shows all of them."
+                )
+        return cls(**options)
+
+    @classmethod
+    def options(cls) -> list[dict[str, Any]]:
+        """Each hyperparameter: name, type, default, help and bounds, for pages and the command line."""
+        hints = get_type_hints(cls)
+        rows = []
+        for item in dataclasses.fields(cls):
+            default = item.default
+            rows.append(
+                {
+                    "name": item.name,
+                    "type": type_name(hints[item.name]),
+                    "default": str(default) if isinstance(default, Targets) else default,
+                    **{key: value for key, value in item.metadata.items() if value not in (None, (), False)},
+                }
+            )
+        return rows
+
+    def __add__(self, other: Method) -> Sum:
+        """Both methods at once, in one attachment."""
+        return Sum((self, other))
+
+    def __str__(self) -> str:
+        changed = [
+            f"{item.name}={getattr(self, item.name)}"
+            for item in dataclasses.fields(self)
+            if getattr(self, item.name) != converted(item.default, get_type_hints(type(self))[item.name])
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+@dataclass(frozen=True)
+class Sum(Method):
+    """The sum of methods: ``LoRA(rank=8) + PrefixTuning(length=10)``.
+
+    Each part acts where it would alone; where two parts change the same representation their changes are
+    added. The default learning rate is the smallest of the parts'.
+    """
+
+    methods: tuple[Method, ...] = ()
+
+    name: ClassVar[str] = "sum"
+    branch: ClassVar[str] = "hybrid"
+    insertion: ClassVar[Insertion] = Insertion.PARALLEL
+    paper: ClassVar[Paper] = Paper(
+        "He et al.", "Towards a Unified View of Parameter-Efficient Transfer Learning", 2022, "2110.04366"
+    )
+    learning_rate: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        flat: list[Method] = []
+        for method in self.methods:
+            flat.extend(method.methods if isinstance(method, Sum) else (method,))
+        if len(flat) < 2:
+            raise MethodError("A sum needs at least two methods: LoRA(rank=8) + BitFit().")
+        object.__setattr__(self, "methods", tuple(flat))
+        object.__setattr__(self, "learning_rate", min(method.learning_rate for method in flat))
+        object.__setattr__(self, "unchanged_at_start", all(method.unchanged_at_start for method in flat))
+        object.__setattr__(self, "mergeable", all(method.mergeable for method in flat))
+
+    def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
+        """The placements of every part, numbered by part, so that equal sites do not clash."""
+        for number, method in enumerate(self.methods):
+            for placement in method.place(model, anatomy):
+                yield replace(placement, part=number)
+
+    def stored(self) -> Method:
+        """The sum of the parts as they are stored."""
+        return Sum(tuple(method.stored() for method in self.methods))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and the parts' own dictionaries."""
+        return {"name": self.name, "methods": [method.to_dict() for method in self.methods]}
+
+    def __str__(self) -> str:
+        return " + ".join(str(method) for method in self.methods)

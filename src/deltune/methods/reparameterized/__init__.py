@@ -1,0 +1,1 @@
+"""Methods that reparameterise the change of a weight matrix."""

@@ -1,0 +1,80 @@
+"""BitFit: train the bias vectors only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from deltune.backbone import PROJECTION_ROLES, Anatomy, Targets
+from deltune.backbone.describe import out_features
+from deltune.errors import MethodError
+from deltune.methods.base import Method, Paper, Placement
+from deltune.methods.options import option
+from deltune.methods.registry import register
+from deltune.sites import Insertion, ParameterSite
+
+__all__ = ["BitFit"]
+
+
+@register
+@dataclass(frozen=True)
+class BitFit(Method):
+    """Train every bias of the model (and the head): linear maps, norms, pooler. Weights stay frozen.
+
+    ``targets`` restricts it to the biases of some roles, such as the paper's smaller variant
+    ``attention.query,ffn.up``. Models without biases (LLaMA) are refused, unless ``missing`` is ``add``, which
+    gives each linear map of the layers a bias of zeros. Position tables that are merely named "bias" are not
+    biases and never selected.
+
+    Ben Zaken et al. 2021, arXiv 2106.10199, section 3.
+    """
+
+    missing: str = option("refuse", "what to do where linear maps have no bias", choices=("refuse", "add"))
+    targets: Targets | None = option(None, "the biases of which roles; all of the model's if none")
+
+    name: ClassVar[str] = "bitfit"
+    branch: ClassVar[str] = "selective"
+    insertion: ClassVar[Insertion] = Insertion.SELECT
+    paper: ClassVar[Paper] = Paper(
+        "Ben Zaken et al.",
+        "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+        2021,
+        "2106.10199",
+    )
+    learning_rate: ClassVar[float] = 3e-3
+    mergeable: ClassVar[bool] = True
+
+    def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
+        """The selected biases.
+
+        Raises:
+            MethodError: if there are none.
+        """
+        modules = dict(model.named_modules())
+        head = tuple(f"{name}." for name in anatomy.head)
+        names = tuple(modules) if self.targets is None else self._targeted(anatomy, modules)
+        linear = {part.module for part in anatomy if part.role in PROJECTION_ROLES}
+        found = False
+        for name in dict.fromkeys(names):
+            module = modules[name]
+            if f"{name}.".startswith(head) or "bias" not in module._parameters:
+                continue
+            bias = module._parameters["bias"]
+            if bias is not None and bias.dim() == 1:
+                found = True
+                yield Placement(ParameterSite(f"{name}.bias"))
+            elif bias is None and self.missing == "add" and name in linear:
+                found = True
+                yield Placement(ParameterSite(f"{name}.bias", zeros=(out_features(module),)))
+        if not found:
+            raise MethodError(
+                f"{anatomy.family} has no biases to train. Use bitfit(missing=add) to give every linear map of its "
+                "layers a bias of zeros, or another method."
+            )
+
+    def _targeted(self, anatomy: Anatomy, modules: dict[str, nn.Module]) -> tuple[str, ...]:
+        assert self.targets is not None
+        return tuple(part.module for part in self.targets.select(anatomy, tuple(modules)))

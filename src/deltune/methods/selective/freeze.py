@@ -1,0 +1,65 @@
+"""Freezing: train the last layers only, whole or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from torch import nn
+
+from deltune.backbone import Anatomy, Targets
+from deltune.errors import MethodError
+from deltune.methods.base import Method, Paper, Placement
+from deltune.methods.options import option
+from deltune.methods.registry import register
+from deltune.sites import Insertion, ParameterSite
+
+__all__ = ["Freeze"]
+
+
+@register
+@dataclass(frozen=True)
+class Freeze(Method):
+    """Train the last ``layers`` layers of every stack (and the head); everything below stays frozen.
+
+    ``targets`` says what of these layers trains: ``layer`` for all of it, ``ffn.*`` or ``attention.*`` for some
+    of its matrices, with their biases. Below the lowest trained layer no gradient is computed. With
+    ``layers`` = 0 only the head trains.
+
+    Lee et al. 2019, arXiv 1911.03090. There is no official code; norms and poolers above the last layer stay
+    frozen.
+    """
+
+    layers: int = option(2, "how many of the last layers of each stack to train", minimum=0)
+    targets: Targets = option(Targets(("layer",)), "what of these layers to train")
+
+    name: ClassVar[str] = "freeze"
+    branch: ClassVar[str] = "selective"
+    insertion: ClassVar[Insertion] = Insertion.SELECT
+    paper: ClassVar[Paper] = Paper(
+        "Lee et al.", "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", 2019, "1911.03090"
+    )
+    learning_rate: ClassVar[float] = 2e-4
+    weight_decay: ClassVar[float] = 0.01
+    mergeable: ClassVar[bool] = True
+
+    def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
+        """The parameters of the selected parts of the last layers.
+
+        Raises:
+            MethodError: if the model has fewer layers, or nothing at all would train.
+        """
+        if self.layers == 0:
+            if not anatomy.head:
+                raise MethodError("freeze with layers=0 trains the head only, but this model has no task head.")
+            return
+        for name, stack in anatomy.stacks.items():
+            if self.layers > len(stack):
+                raise MethodError(f"freeze: the {name} has {len(stack)} layers, so layers cannot be {self.layers}.")
+        modules = dict(model.named_modules())
+        targets = self.targets if self.targets.layers else replace(self.targets, layers=(f"-{self.layers}:",))
+        for part in targets.select(anatomy, tuple(modules)):
+            module = modules[part.module]
+            for name, _ in module.named_parameters():
+                yield Placement(ParameterSite(f"{part.module}.{name}"))

@@ -1,0 +1,147 @@
+"""Which of its own parameters a model trains.
+
+An attachment that selects has its own copy of each selected parameter. Making it live puts these copies in
+the place of the model's parameters, and taking it off puts the originals back: nothing is copied, an
+optimizer keeps its parameters, and the originals stay bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltune.errors import StateError
+from deltune.sites.base import Insertion
+
+__all__ = ["ParameterSite", "Selection"]
+
+
+@dataclass(frozen=True)
+class ParameterSite:
+    """One of the model's own parameters, by full name.
+
+    ``zeros`` gives the shape of a bias that does not exist yet and is to be added as zeros.
+    """
+
+    name: str
+    zeros: tuple[int, ...] | None = None
+
+    insertion: ClassVar[Insertion] = Insertion.SELECT
+
+    @property
+    def key(self) -> str:
+        """Name used in tables."""
+        return self.name
+
+
+class Selection:
+    """The selected parameters of one attachment, and the originals while they are replaced.
+
+    Args:
+        model: the model they belong to.
+        sites: the parameters to select; a tied parameter may be named by any of its names.
+        reversible: whether to train copies. If False the model's own tensors are trained and the originals are
+            lost: no copy is held, and the selection cannot be taken off.
+
+    Raises:
+        StateError: if a parameter does not exist or is not a floating-point tensor.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[ParameterSite], reversible: bool = True) -> None:
+        self.reversible = reversible
+        self.values: dict[str, nn.Parameter] = {}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._originals: dict[str, nn.Parameter | None] = {}
+        self.live = False
+        places = _places(model)
+        modules = dict(model.named_modules())
+        seen: set[int] = set()
+        for site in sites:
+            owner, _, attribute = site.name.rpartition(".")
+            original = modules[owner]._parameters.get(attribute) if owner in modules else None
+            if original is None:
+                self._add_zeros(model, modules, site)
+                continue
+            if id(original) in seen:
+                continue
+            seen.add(id(original))
+            if not original.dtype.is_floating_point:
+                raise StateError(
+                    f"{site.name} is stored as {original.dtype} and cannot be trained itself. Use a method that adds "
+                    "a delta, such as lora, or load the model unquantised."
+                )
+            self._places[site.name] = places[id(original)]
+            self.values[site.name] = (
+                nn.Parameter(original.detach().clone(), requires_grad=False) if reversible else original
+            )
+
+    def _add_zeros(self, model: nn.Module, modules: Mapping[str, nn.Module], site: ParameterSite) -> None:
+        owner, _, attribute = site.name.rpartition(".")
+        if site.zeros is None or owner not in modules or attribute not in modules[owner]._parameters:
+            raise StateError(f"The model has no parameter {site.name!r}.")
+        like = next(modules[owner].parameters())
+        value = torch.zeros(site.zeros, dtype=like.dtype, device=like.device)
+        self._places[site.name] = [(modules[owner], attribute)]
+        self.values[site.name] = nn.Parameter(value, requires_grad=False)
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.values.items()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def swap_in(self) -> None:
+        """Put the selected parameters in the place of the model's own."""
+        if self.live:
+            return
+        for name, value in self.values.items():
+            module, attribute = self._places[name][0]
+            current = module._parameters[attribute]
+            if current is not None and (current.device, current.dtype) != (value.device, value.dtype):
+                value.data = value.data.to(current.device, current.dtype)
+            self._originals[name] = current
+            self._put(name, value)
+        self.live = True
+
+    def swap_out(self) -> None:
+        """Put the model's own parameters back.
+
+        Raises:
+            StateError: if the selection is not reversible.
+        """
+        if not self.live:
+            return
+        if not self.reversible and self.values:
+            raise StateError(
+                "The original values were not kept (attached with reversible=False), so they cannot be restored. "
+                "Attach with reversible=True to switch, disable or detach."
+            )
+        for name, original in self._originals.items():
+            value = self.values[name]
+            if original is not None and (original.device, original.dtype) != (value.device, value.dtype):
+                original.data = original.data.to(value.device, value.dtype)
+            self._put(name, original)
+        self._originals.clear()
+        self.live = False
+
+    def merged(self) -> dict[str, Tensor]:
+        """The selected values by full name, as new tensors."""
+        return {name: value.detach().clone() for name, value in self.values.items()}
+
+    def _put(self, name: str, parameter: nn.Parameter | None) -> None:
+        for module, attribute in self._places[name]:
+            module._parameters[attribute] = parameter
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place of every parameter: tied ones have several."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, attribute))
+    return places
