@@ -85,7 +85,7 @@ class Tuned:
         self.attachments: dict[str, Attachment] = {}
         self.control = Control()
         self._taps: dict[str, Tap] = {}
-        self._modules = dict(model.named_modules())
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._frozen: list[tuple[nn.Parameter, bool]] | None = None
         self._installed = False
         self._handles: list[RemovableHandle] = []

@@ -29,9 +29,9 @@ __all__ = [
     "Targets",
     "TokenEntry",
     "anatomy_of",
+    "check_base_model",
+    "describe_base_model",
     "matrix_shape",
     "out_features",
     "render_tree",
-    "check_base_model",
-    "describe_base_model",
 ]

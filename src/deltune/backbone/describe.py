@@ -34,17 +34,14 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         family = structural_family(model)
     if family is None:
         head, language_model_head = heads_of(model)
-        return Anatomy(
-            str(model_type or type(model).__name__), {}, _head_parts(head), head, language_model_head
-        )
+        return Anatomy(str(model_type or type(model).__name__), {}, _head_parts(head), head, language_model_head)
     return _Describer(model, family).anatomy()
 
 
 def _head_parts(head: tuple[str, ...]) -> tuple[Part, ...]:
     """The parts of a task head, numbered if they are several."""
     return tuple(
-        Part("head", "", None, name, index=index if len(head) > 1 else None)
-        for index, name in enumerate(head)
+        Part("head", "", None, name, index=index if len(head) > 1 else None) for index, name in enumerate(head)
     )
 
 
@@ -156,9 +153,7 @@ class _Describer:
         for number, name in enumerate(norms):
             yield Part("norm", row.name, index, name, index=number)
 
-    def _attention(
-        self, row: StackRow, attention: AttentionRow, stack: str, index: int, layer: str
-    ) -> Iterator[Part]:
+    def _attention(self, row: StackRow, attention: AttentionRow, stack: str, index: int, layer: str) -> Iterator[Part]:
         shape = self._attention_shape(row, attention, layer)
         block = f"{layer}.{attention.block}"
         result = f"{layer}.{attention.result}"
@@ -182,9 +177,7 @@ class _Describer:
         key = out_features(self.modules[f"{layer}.{path_of(attention.key)}"])
         return AttentionShape(heads, key // head_dim, head_dim)
 
-    def _matrix(
-        self, role: str, stack: str, index: int, layer: str, cell: Cell, shape: AttentionShape | None
-    ) -> Part:
+    def _matrix(self, role: str, stack: str, index: int, layer: str, cell: Cell, shape: AttentionShape | None) -> Part:
         if isinstance(cell, str):
             return Part(role, stack, index, f"{layer}.{cell}")
         module = f"{layer}.{cell.path}"

@@ -59,8 +59,7 @@ def check_base_model(saved: Mapping[str, Any], present: Mapping[str, Any]) -> No
         if here is None:
             continue
         close = all(
-            math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=1e-5)
-            for one, other in zip(values, here, strict=True)
+            math.isclose(one, other, rel_tol=_TOLERANCE, abs_tol=1e-5) for one, other in zip(values, here, strict=True)
         )
         if not close:
             raise CheckpointError(

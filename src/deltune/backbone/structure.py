@@ -76,13 +76,12 @@ def structural_family(model: nn.Module) -> Family | None:
 
 
 def _layer_lists(modules: dict[str, nn.Module]) -> Iterator[str]:
-    """Paths of the outermost lists of modules that hold an attention."""
+    """Paths of the outermost lists of modules that have modules inside: all that may be stacks of layers."""
     found: list[str] = []
     for path, module in modules.items():
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if type(module).__name__ != "ModuleList" or inside or not len(module):  # type: ignore[arg-type]
-            continue
-        if any(_Layer(modules, f"{path}.{name}").attentions() for name, _ in module.named_children()):
+        deep = any(next(child.children(), None) is not None for child in module.children())
+        if type(module).__name__ == "ModuleList" and deep and not inside:
             found.append(path)
     yield from found
 
@@ -100,15 +99,9 @@ class _Layer:
 
     def parents(self, names: Sequence[str]) -> list[str]:
         """Paths of the modules that hold a matrix under every one of ``names``."""
-        inner = [
-            path.removeprefix(self.name) for path in self.modules if f"{path}.".startswith(f"{self.name}.")
-        ]
+        inner = [path.removeprefix(self.name) for path in self.modules if f"{path}.".startswith(f"{self.name}.")]
         parents = [f"{path}.".removeprefix(".") for path in inner]
-        return [
-            parent
-            for parent in parents
-            if all(len(self.shape(f"{parent}{name}") or ()) == 2 for name in names)
-        ]
+        return [parent for parent in parents if all(len(self.shape(f"{parent}{name}") or ()) == 2 for name in names)]
 
     def attentions(self) -> list[tuple[str, tuple[str, str, str]]]:
         """Every block that has query, key and value, with the names of these."""
@@ -124,11 +117,7 @@ class _Layer:
         if not block or len(outputs) != 1:
             return None
         shape = self.shape(query)
-        if (
-            shape is None
-            or self.shape(outputs[0]) != (shape[1], shape[0])
-            or self.shape(key) != self.shape(value)
-        ):
+        if shape is None or self.shape(outputs[0]) != (shape[1], shape[0]) or self.shape(key) != self.shape(value):
             return None
         module = self.modules[f"{self.name}.{block.removesuffix('.')}"]
         return AttentionRow(
@@ -175,9 +164,7 @@ def _stack_row(model: nn.Module, modules: dict[str, nn.Module], path: str) -> St
     if attention is None or any(layer.attentions() != first.attentions() for layer in layers):
         return None
     ffn = first.feed_forward_row([attention] if cross is None else [attention, cross])
-    if ffn is None or any(
-        _shapes(layer, attention, ffn) != _shapes(first, attention, ffn) for layer in layers
-    ):
+    if ffn is None or any(_shapes(layer, attention, ffn) != _shapes(first, attention, ffn) for layer in layers):
         return None
     block = modules[f"{first.name}.{attention.block}"]
     name, config = _stack_name(model, path, block)
@@ -192,9 +179,7 @@ def _stack_row(model: nn.Module, modules: dict[str, nn.Module], path: str) -> St
         config=config,
     )
     heads = _configured(model, row, f"{name}_attention_heads", "num_attention_heads", "num_heads", "n_heads")
-    number = _configured(
-        model, row, f"{name}_layers", f"num_{name}_layers", "num_hidden_layers", "num_layers"
-    )
+    number = _configured(model, row, f"{name}_layers", f"num_{name}_layers", "num_hidden_layers", "num_layers")
     width = (first.shape(str(attention.query)) or (0,))[0]
     if heads is None or number is None or number[1] != len(layers) or width % heads[1]:
         return None

@@ -65,8 +65,7 @@ class Targets:
                 stacks.extend(_checked_stacks(value, clause))
             else:
                 raise TargetError(
-                    f"Target expressions know no clause {keyword!r}. "
-                    f"{suggestion(keyword, ['layers', 'stacks'])}"
+                    f"Target expressions know no clause {keyword!r}. {suggestion(keyword, ['layers', 'stacks'])}"
                 )
         if not names:
             raise TargetError(
@@ -83,9 +82,7 @@ class Targets:
             text += f" stacks={','.join(self.stacks)}"
         return text
 
-    def select(
-        self, anatomy: Anatomy, module_names: Sequence[str] = (), roles: Sequence[str] = ()
-    ) -> tuple[Part, ...]:
+    def select(self, anatomy: Anatomy, module_names: Sequence[str] = (), roles: Sequence[str] = ()) -> tuple[Part, ...]:
         """The parts of ``anatomy`` that this selection names.
 
         Args:
@@ -112,16 +109,12 @@ class Targets:
     def _check_stacks(self, anatomy: Anatomy) -> None:
         for stack in self.stacks:
             if stack not in anatomy.stack_names:
-                raise TargetError(
-                    f"This model has no stack {stack!r}. {suggestion(stack, anatomy.stack_names)}"
-                )
+                raise TargetError(f"This model has no stack {stack!r}. {suggestion(stack, anatomy.stack_names)}")
 
     def _check_layers(self, anatomy: Anatomy) -> None:
         stacks = self.stacks or anatomy.stack_names
         if self.layers and not stacks:
-            raise TargetError(
-                f"{_undescribed(anatomy)} So it has no numbered layers for layers= to choose from."
-            )
+            raise TargetError(f"{_undescribed(anatomy)} So it has no numbered layers for layers= to choose from.")
         for layers in self.layers:
             if not any(_selects(layers, anatomy.layer_count(stack)) for stack in stacks):
                 raise TargetError(f"layers={layers} selects no layer: {_extent(anatomy, stacks)}.")
@@ -146,9 +139,7 @@ class Targets:
                 f"this model has it in {place}." if place else "it belongs to no stack."
             )
         if all(part.layer is None for part in found):
-            return (
-                f"{name!r} is outside of the layers, so layers={','.join(self.layers)} leaves nothing of it."
-            )
+            return f"{name!r} is outside of the layers, so layers={','.join(self.layers)} leaves nothing of it."
         return (
             f"{name!r} selects nothing in layers {','.join(self.layers)}"
             + (f" of {', '.join(self.stacks)}" if self.stacks else "")
@@ -156,9 +147,7 @@ class Targets:
         )
 
 
-def _parts_named(
-    name: str, anatomy: Anatomy, module_names: Sequence[str], allowed: tuple[str, ...]
-) -> list[Part]:
+def _parts_named(name: str, anatomy: Anatomy, module_names: Sequence[str], allowed: tuple[str, ...]) -> list[Part]:
     """All parts that one name names, before layers and stacks are looked at."""
     if name in ROLES:
         if name not in allowed:
@@ -191,9 +180,7 @@ def _parts_named(
     if by_module:
         return by_module
     if not anatomy.stacks:
-        raise TargetError(
-            f"No module matches {name!r}. {_undescribed(anatomy)} {_patterns(name, module_names)}"
-        )
+        raise TargetError(f"No module matches {name!r}. {_undescribed(anatomy)} {_patterns(name, module_names)}")
     raise TargetError(
         f"The target {name!r} matches no role and no module of this model. "
         f"{suggestion(name, [*anatomy.roles, *_endings(module_names)])} `deltune sites MODEL` shows all of them."

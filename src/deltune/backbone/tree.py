@@ -33,9 +33,7 @@ class _Line:
     def markup(self) -> str:
         """The line in rich's markup."""
         role = _marked(self.role) if self.selected else self.role
-        return "  ".join(
-            text for text in (role, self.shape, self.place and f"[dim]{self.place}[/dim]") if text
-        )
+        return "  ".join(text for text in (role, self.shape, self.place and f"[dim]{self.place}[/dim]") if text)
 
 
 def _marked(text: str) -> str:

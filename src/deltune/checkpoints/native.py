@@ -36,7 +36,8 @@ def write(attachment: Attachment, base_model: Mapping[str, Any], path: str | Pat
     folder = Path(path)
     description = _description(attachment, base_model)
     tensors = _stored_tensors(attachment)
-    header = {"format": "pt", "deltune": json.dumps(description, sort_keys=True)}
+    # one entry alone: safetensors writes several in random order, and equal deltas shall be equal files
+    header = {"deltune": json.dumps(description, sort_keys=True)}
     write_tensors(folder / TENSOR_FILE, tensors, header)
     shapes = {key: [str(value.dtype).removeprefix("torch."), *value.shape] for key, value in tensors.items()}
     write_json(folder / DESCRIPTION_FILE, {**description, "tensors": shapes})

@@ -100,7 +100,9 @@ class Method(ABC):
         """The method under which its stored forms are written; see :meth:`Form.stored`."""
         return self
 
-    def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
+    def prepare(  # noqa: B027
+        self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]
+    ) -> None:
         """Set-up from data, before training; nothing by default."""
 
     def penalty(self, forms: Mapping[str, Form]) -> Tensor | None:
@@ -108,7 +110,7 @@ class Method(ABC):
         penalties = [penalty for form in forms.values() if (penalty := form.penalty()) is not None]
         return sum(penalties[1:], penalties[0]) if penalties else None
 
-    def after_step(self, forms: Mapping[str, Form], step: int) -> None:
+    def after_step(self, forms: Mapping[str, Form], step: int) -> None:  # noqa: B027
         """Called after each optimizer step once the optimizer is bound; nothing by default.
 
         Args:
@@ -154,7 +156,11 @@ class Method(ABC):
                     "name": item.name,
                     "type": type_name(hints[item.name]),
                     "default": str(default) if isinstance(default, Targets) else default,
-                    **{key: value for key, value in item.metadata.items() if value not in (None, (), False)},
+                    **{
+                        key: value
+                        for key, value in item.metadata.items()
+                        if value is not None and value != () and value is not False
+                    },
                 }
             )
         return rows
@@ -177,7 +183,7 @@ class Sum(Method):
     """The sum of methods: ``LoRA(rank=8) + PrefixTuning(length=10)``.
 
     Each part acts where it would alone; where two parts change the same representation their changes are
-    added. The default learning rate is the smallest of the parts'.
+    added. Default learning rate and weight decay are the smallest of the parts'.
     """
 
     methods: tuple[Method, ...] = ()
@@ -198,6 +204,7 @@ class Sum(Method):
             raise MethodError("A sum needs at least two methods: LoRA(rank=8) + BitFit().")
         object.__setattr__(self, "methods", tuple(flat))
         object.__setattr__(self, "learning_rate", min(method.learning_rate for method in flat))
+        object.__setattr__(self, "weight_decay", min(method.weight_decay for method in flat))
         object.__setattr__(self, "unchanged_at_start", all(method.unchanged_at_start for method in flat))
         object.__setattr__(self, "mergeable", all(method.mergeable for method in flat))
 
@@ -211,9 +218,35 @@ class Sum(Method):
         """The sum of the parts as they are stored."""
         return Sum(tuple(method.stored() for method in self.methods))
 
+    def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
+        """Every part's own set-up, all from the same batches."""
+        batches = list(batches)
+        for number, method in enumerate(self.methods):
+            method.prepare(model, _part(forms, number), batches)
+
+    def penalty(self, forms: Mapping[str, Form]) -> Tensor | None:
+        """Sum of the parts' penalties."""
+        penalties = [
+            penalty
+            for number, method in enumerate(self.methods)
+            if (penalty := method.penalty(_part(forms, number))) is not None
+        ]
+        return sum(penalties[1:], penalties[0]) if penalties else None
+
+    def after_step(self, forms: Mapping[str, Form], step: int) -> None:
+        """Every part's own schedule."""
+        for number, method in enumerate(self.methods):
+            method.after_step(_part(forms, number), step)
+
     def to_dict(self) -> dict[str, Any]:
         """Name and the parts' own dictionaries."""
         return {"name": self.name, "methods": [method.to_dict() for method in self.methods]}
 
     def __str__(self) -> str:
         return " + ".join(str(method) for method in self.methods)
+
+
+def _part(forms: Mapping[str, Form], number: int) -> dict[str, Form]:
+    """The forms of one part of a sum, by the keys that it gave them."""
+    prefix = f"{number}."
+    return {key.removeprefix(prefix): form for key, form in forms.items() if key.startswith(prefix)}

@@ -98,6 +98,7 @@ def converted(value: Any, hint: Any) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type, or of one member of a union."""
     for member in _members(hint):
         kind = get_origin(member) or member
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -110,6 +111,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
+    """The type in plain words."""
     names = {
         int: "a whole number",
         float: "a number",

@@ -24,6 +24,7 @@ from deltune.methods.base import Method, Sum
 __all__ = ["all_methods", "get", "parse", "register"]
 
 _REGISTERED: dict[str, type[Method]] = {}
+_BRANCHES = ("selective", "additive", "reparameterized", "hybrid")
 _loaded = False
 
 MethodType = TypeVar("MethodType", bound=type[Method])
@@ -54,9 +55,8 @@ def register(method: MethodType) -> MethodType:
 def all_methods() -> dict[str, type[Method]]:
     """Every known method by name, sorted by branch and name."""
     _load()
-    order = ["selective", "additive", "reparameterized", "hybrid"]
     found = sorted(
-        _REGISTERED.values(), key=lambda method: ((order + [method.branch]).index(method.branch), method.name)
+        _REGISTERED.values(), key=lambda method: ([*_BRANCHES, method.branch].index(method.branch), method.name)
     )
     return {method.name: method for method in found}
 

@@ -10,6 +10,7 @@ real ones, visible to every query.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -43,12 +44,17 @@ class KeyValueForm(Form):
 
 @dataclass(frozen=True)
 class KeyValueSite(Site):
-    """An attention function with heads of ``shape``, in a stack of width ``hidden_size``."""
+    """An attention function with heads of ``shape``, in a stack of width ``hidden_size``.
+
+    ``positions_entry`` names the module whose positions must be counted over real tokens, for stacks with
+    rotary positions: additional keys are not rotated, so what a query makes of them depends on its position.
+    """
 
     shape: AttentionShape
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
+    positions_entry: str | None = None
 
     insertion: ClassVar[Insertion] = Insertion.KEY_VALUE
 
@@ -89,6 +95,11 @@ class KeyValueTap(Tap):
         module.config = private
         module.__dict__[_TAP] = self
         self._handles.append(module.register_forward_hook(self))
+        if self.site.positions_entry is not None:
+            entry = modules[self.site.positions_entry]
+            names = tuple(inspect.signature(entry.forward).parameters)
+            if "position_ids" in names:
+                self._handles.append(entry.register_forward_pre_hook(_CountPositions(self, names), with_kwargs=True))
 
     def uninstall(self) -> None:
         """Give the module its own configuration back."""
@@ -114,6 +125,29 @@ class KeyValueTap(Tap):
             return None
         keys, values = zip(*pairs, strict=True)
         return torch.cat(keys, dim=1).to(reference), torch.cat(values, dim=1).to(reference)
+
+
+@dataclass
+class _CountPositions:
+    """Before a stack: number the real tokens from 0, where padding is given and positions are not."""
+
+    tap: KeyValueTap
+    names: tuple[str, ...]
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        mask = arguments.get("attention_mask")
+        if arguments.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        given = arguments.get("input_ids")
+        given = arguments.get("inputs_embeds") if given is None else given
+        if given is None or not any(True for _ in self.tap.live()):
+            return None
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        arguments["position_ids"] = positions[:, -given.shape[1] :]
+        return (), arguments
 
 
 def _eager_function(module: nn.Module) -> Callable[..., Any]:
@@ -189,8 +223,8 @@ def key_value_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tup
     Raises:
         TargetError: if a target selects nothing, or an attention that cannot take additional keys.
     """
-    modules = dict(model.named_modules())
-    sites = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites: list[KeyValueSite] = []
     for part in targets.select(anatomy, (), ("attention",)):
         if part.attention is None or not part.dispatches:
             raise TargetError(
@@ -198,7 +232,10 @@ def key_value_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tup
                 "interface, so it cannot take additional keys and values. Choose a method with another insertion, "
                 "such as lora or sequential-adapter."
             )
-        stack = anatomy.stacks["decoder" if part.stack == "cross" else part.stack]
+        stack = anatomy.stack_of(part)
         parameter = next(modules[part.module].parameters())
-        sites.append(KeyValueSite(part, part.attention, stack.hidden_size, parameter.dtype, parameter.device))
+        entry = stack.tokens.entry if stack.tokens is not None and stack.tokens.positions is None else None
+        if any(site.positions_entry == entry for site in sites):
+            entry = None  # one of the stack's sites is enough
+        sites.append(KeyValueSite(part, part.attention, stack.hidden_size, parameter.dtype, parameter.device, entry))
     return tuple(sites)

@@ -6,6 +6,10 @@ The rows occupy positions 0..P-1 and the text begins at P; their outputs are dro
 above the stack can see them, so that heads read the positions they always read and losses need no change.
 With a cache the rows enter in the first call only and stay in the cache; later calls widen the padding mask
 and shift explicit positions.
+
+Where a text is padded on its left, the rows stand between padding and text, so that distances do not depend
+on the padding. Dropping the first P outputs is right all the same: what is left before the text is as long
+as the padding was, and nobody reads it.
 """
 
 from __future__ import annotations
@@ -109,16 +113,17 @@ class _Entry:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         first = _cached(arguments) == 0
         mask = arguments.get("attention_mask")
+        outside = self.tap.site.tokens.embeddings is not None
         if mask is not None:
-            arguments["attention_mask"] = _widened_mask(mask, count)
-        if self.tap.site.tokens.embeddings is None:
+            arguments["attention_mask"] = _widened_mask(mask, count, in_front=outside)
+        if not outside:
             if first:
-                self._widen_input(module, arguments, mask, count)
+                self._widen_input(module, arguments, _Order.of(mask, count), count)
             elif arguments.get("position_ids") is not None:
                 arguments["position_ids"] = arguments["position_ids"] + count
         return (), arguments
 
-    def _widen_input(self, module: nn.Module, arguments: dict[str, Any], mask: Tensor | None, count: int) -> None:
+    def _widen_input(self, module: nn.Module, arguments: dict[str, Any], order: _Order, count: int) -> None:
         embedded = arguments.get("inputs_embeds")
         ids = arguments.get("input_ids")
         if embedded is None:
@@ -133,19 +138,46 @@ class _Entry:
                 f"{tokens.positions}. Shorten the text to {tokens.positions - count} tokens or the prompt."
             )
         arguments["input_ids"] = None
-        arguments["inputs_embeds"] = torch.cat([self.tap.rows(embedded), embedded], dim=1)
+        arguments["inputs_embeds"] = order.apply(torch.cat([self.tap.rows(embedded), embedded], dim=1))
         positions = arguments.get("position_ids")
-        if positions is None and tokens.padding_offset is not None and mask is not None and mask.dim() == 2:
-            # such models count positions over real tokens when they see ids, but not when they see embeddings
-            real = mask.long()
-            positions = (real.cumsum(1) * real) + (tokens.padding_offset - 1)
+        mask = arguments.get("attention_mask")
         if positions is not None:
             start = tokens.padding_offset or 0
-            front = torch.arange(start, start + count, device=positions.device).expand(positions.shape[0], -1)
-            arguments["position_ids"] = torch.cat([front, positions + count], dim=1)
+            front = torch.arange(start, start + count, device=positions.device).expand(embedded.shape[0], -1)
+            behind = positions.expand(embedded.shape[0], -1) + count
+            arguments["position_ids"] = order.apply(torch.cat([front, behind], dim=1))
+        elif tokens.padding_offset is not None and mask is not None:
+            # such models count positions over real tokens when they see ids, but not when they see embeddings
+            real = mask.long()
+            arguments["position_ids"] = real.cumsum(1) * real + (tokens.padding_offset - 1)
         segments = arguments.get("token_type_ids")
         if segments is not None:
-            arguments["token_type_ids"] = torch.cat([segments.new_zeros(segments.shape[0], count), segments], dim=1)
+            front = segments.new_zeros(segments.shape[0], count)
+            arguments["token_type_ids"] = order.apply(torch.cat([front, segments], dim=1))
+
+
+@dataclass
+class _Order:
+    """Where each row of the widened input comes from, (B, P + T); None for rows first, then the text."""
+
+    sources: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor | None, count: int) -> _Order:
+        """The order that puts ``count`` rows between the padding on the left, if any, and the text."""
+        if mask is None:
+            return cls(None)
+        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        place = torch.arange(mask.shape[1] + count, device=mask.device).expand(mask.shape[0], -1)
+        prompt = place - padding
+        return cls(torch.where(place < padding, place + count, torch.where(prompt < count, prompt, place)))
+
+    def apply(self, values: Tensor) -> Tensor:
+        """``values`` (B, P + T, ...) with rows first, in this order."""
+        if self.sources is None:
+            return values
+        index = self.sources.view(*self.sources.shape, *(1,) * (values.dim() - 2)).expand_as(values)
+        return values.gather(1, index)
 
 
 @dataclass
@@ -226,13 +258,15 @@ def _without_recorded(output: Any, count: int, length: int) -> Any:
     return output
 
 
-def _widened_mask(mask: Any, count: int) -> Tensor:
+def _widened_mask(mask: Any, count: int, in_front: bool = False) -> Tensor:
+    """A padding mask (B, T) with ``count`` real positions more, before the text or in front of everything."""
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise StateError(
             "Prompt rows need a padding mask of shape (batch, positions), or none; the model was given "
             + (f"one of shape {tuple(mask.shape)}." if isinstance(mask, Tensor) else f"a {type(mask).__name__}.")
         )
-    return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
+    order = _Order.of(None if in_front else mask, count)
+    return order.apply(torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1))
 
 
 def token_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[TokenSite, ...]:
@@ -241,7 +275,7 @@ def token_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[T
     Raises:
         TargetError: if a target selects nothing, or a stack whose input cannot be widened.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
     for part in targets.select(anatomy, (), ("embeddings",)):
         stack = anatomy.stacks[part.stack]
@@ -258,6 +292,6 @@ def token_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[T
 def _site(part: Part, stack: Stack, tokens: TokenEntry, modules: Mapping[str, nn.Module]) -> TokenSite:
     table = modules[part.module]
     parameter = next(table.parameters())
-    is_table = isinstance(table, nn.Embedding)
-    width = table.embedding_dim if isinstance(table, nn.Embedding) else stack.hidden_size
-    return TokenSite(part, tokens, int(width), part.module if is_table else None, parameter.dtype, parameter.device)
+    embeddings = part.module if isinstance(table, nn.Embedding) else None
+    width = tokens.width or stack.hidden_size
+    return TokenSite(part, tokens, width, embeddings, parameter.dtype, parameter.device)

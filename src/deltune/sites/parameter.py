@@ -58,7 +58,7 @@ class Selection:
         self._originals: dict[str, nn.Parameter | None] = {}
         self.live = False
         places = _places(model)
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         seen: set[int] = set()
         for site in sites:
             owner, _, attribute = site.name.rpartition(".")

@@ -65,7 +65,7 @@ def sublayer_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tupl
     Raises:
         TargetError: if a target selects nothing.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
     for part in targets.select(anatomy, tuple(modules), ("attention", "ffn")):
         parameter = next(modules[part.module].parameters())
@@ -75,8 +75,7 @@ def sublayer_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tupl
 
 def _width(anatomy: Anatomy, modules: Mapping[str, nn.Module], part: Any) -> int:
     """Width of the result: the stack's, or for a module chosen by name, of its last matrix."""
-    stack = "decoder" if part.stack == "cross" else part.stack
     if part.role != "module":
-        return anatomy.stacks[stack].hidden_size
+        return anatomy.stack_of(part).hidden_size
     matrices = [module for module in modules[part.module].modules() if hasattr(module, "out_features")]
     return int(matrices[-1].out_features)  # type: ignore[arg-type]

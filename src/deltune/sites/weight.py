@@ -113,7 +113,7 @@ def weight_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[
     Raises:
         TargetError: if a target selects nothing, or something that is not a linear map.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     parts = targets.select(anatomy, tuple(modules), PROJECTION_ROLES)
     sites = []
     for part in parts:

@@ -20,9 +20,7 @@ _LLAMA = StackRow(
         output="self_attn.o_proj",
         result="self_attn.o_proj",
     ),
-    ffn=FeedForwardRow(
-        up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj", result="mlp", block="mlp"
-    ),
+    ffn=FeedForwardRow(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj", result="mlp", block="mlp"),
     norms=("input_layernorm", "post_attention_layernorm"),
     outer_norms=("norm",),
     tokens=TokenRow(),
@@ -99,9 +97,7 @@ _GPT_NEOX = StackRow(
         output="attention.dense",
         result="post_attention_dropout",
     ),
-    ffn=FeedForwardRow(
-        up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", result="post_mlp_dropout", block="mlp"
-    ),
+    ffn=FeedForwardRow(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", result="post_mlp_dropout", block="mlp"),
     norms=("input_layernorm", "post_attention_layernorm"),
     outer_norms=("final_layer_norm",),
     tokens=TokenRow(),

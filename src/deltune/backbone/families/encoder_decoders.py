@@ -79,9 +79,7 @@ _BART_ENCODER = StackRow(
     ffn=FeedForwardRow(up="fc1", down="fc2", result="fc2"),
     norms=("self_attn_layer_norm", "final_layer_norm"),
     outer_norms=("encoder.layernorm_embedding",),
-    tokens=TokenRow(
-        entry="encoder", exit="encoder", reader="decoder", table="encoder.embed_positions", reserved=2
-    ),
+    tokens=TokenRow(entry="encoder", exit="encoder", reader="decoder", table="encoder.embed_positions", reserved=2),
     heads="encoder_attention_heads",
 )
 _BART_DECODER = replace(
@@ -98,9 +96,7 @@ _BART_DECODER = replace(
 
 # The encoder reads sound: convolutions make its inputs and positions are added between modules, so no
 # module's output could be widened by additional positions.
-_WHISPER_ENCODER = replace(
-    _BART_ENCODER, embeddings="encoder.conv1", outer_norms=("encoder.layer_norm",), tokens=None
-)
+_WHISPER_ENCODER = replace(_BART_ENCODER, embeddings="encoder.conv1", outer_norms=("encoder.layer_norm",), tokens=None)
 _WHISPER_DECODER = replace(
     _BART_DECODER,
     outer_norms=("decoder.layer_norm",),

@@ -34,9 +34,7 @@ BERT = StackRow(
     tokens=TokenRow(exit="encoder", table="embeddings.position_embeddings"),
 )
 
-_ROBERTA = replace(
-    BERT, tokens=TokenRow(exit="encoder", table="embeddings.position_embeddings", after_padding=True)
-)
+_ROBERTA = replace(BERT, tokens=TokenRow(exit="encoder", table="embeddings.position_embeddings", after_padding=True))
 
 _DISTILBERT = StackRow(
     name="encoder",
@@ -119,10 +117,10 @@ _DEBERTA_V2 = replace(
 )
 
 ENCODERS: tuple[Family, ...] = (
-    Family("bert", ("bert",), (BERT,)),
+    Family("bert", ("bert",), (BERT,), pretrained=("cls",)),
     Family("roberta", ("roberta", "xlm-roberta", "camembert"), (_ROBERTA,)),
     Family("distilbert", ("distilbert",), (_DISTILBERT,)),
-    Family("electra", ("electra",), (BERT,)),
+    Family("electra", ("electra",), (BERT,), pretrained=("discriminator_predictions",)),
     Family("albert", ("albert",), (_ALBERT,)),
     # The checkpoints hold the prediction head, trained by masked language modelling; the classifier after it
     # alone is new.

@@ -52,9 +52,7 @@ def _clip_text(model: str) -> StackRow:
         outer_norms=(f"{model}final_layer_norm",),
         # The pooled output is read at the position of the end token in the ids, so additional positions
         # go before that; the model takes no embeddings.
-        tokens=TokenRow(
-            entry=model.rstrip("."), exit=f"{model}final_layer_norm", embeddings=f"{model}embeddings"
-        ),
+        tokens=TokenRow(entry=model.rstrip("."), exit=f"{model}final_layer_norm", embeddings=f"{model}embeddings"),
         config="text_config",
     )
 
@@ -109,10 +107,10 @@ def _blip_text(name: str, model: str, cross_name: str | None) -> StackRow:
 
 
 MULTIMODAL: tuple[Family, ...] = (
-    Family("vit", ("vit",), (_VIT,)),
+    Family("vit", ("vit",), (_VIT,), pretrained=("decoder",)),
     Family("clip", ("clip",), (_clip_text("text_model."), _clip_vision("vision_model."))),
-    Family("clip_text", ("clip_text_model",), (_clip_text(""),)),
-    Family("clip_vision", ("clip_vision_model",), (_clip_vision(""),)),
+    Family("clip_text", ("clip_text_model",), (_clip_text(""),), pretrained=("text_projection",)),
+    Family("clip_vision", ("clip_vision_model",), (_clip_vision(""),), pretrained=("visual_projection",)),
     Family(
         "blip",
         ("blip",),

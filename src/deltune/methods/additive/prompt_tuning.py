@@ -57,7 +57,7 @@ class PromptTuning(Method):
 
     length: int = option(20, "number P of rows", minimum=1)
     initialization: str = option("vocabulary", "where the rows start", choices=("vocabulary", "uniform"))
-    targets: Targets = option(Targets(("embeddings",)), "the input of which stacks")
+    targets: Targets | None = option(None, "the input of which stacks; of the first that can be widened if none")
 
     name: ClassVar[str] = "prompt-tuning"
     branch: ClassVar[str] = "additive"
@@ -70,8 +70,8 @@ class PromptTuning(Method):
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """Rows for the input of every selected stack."""
-        modules = dict(model.named_modules())
-        for site in token_sites(model, anatomy, self.targets):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for site in token_sites(model, anatomy, self.targets or _first_stack(anatomy)):
             table = modules[site.embeddings] if site.embeddings else None
             yield Placement(site, Prompt(self._rows(site, table)))
 
@@ -89,3 +89,9 @@ class PromptTuning(Method):
             # through the module, because some models scale their embeddings
             rows: Tensor = table(ids)
         return rows.to(site.dtype)
+
+
+def _first_stack(anatomy: Anatomy) -> Targets:
+    """The first stack whose input can be widened: of encoder-decoder models the encoder, as in the paper."""
+    able = [name for name, stack in anatomy.stacks.items() if stack.tokens is not None]
+    return Targets(("embeddings",), stacks=tuple(able[:1]))

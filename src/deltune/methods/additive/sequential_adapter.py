@@ -53,8 +53,9 @@ class Bottleneck(SublayerForm):
         self.up = nn.Linear(width, features, dtype=dtype, device=device)
         self.activation = ACT2FN[activation]
         for linear in (self.down, self.up):
-            bound = 2 * standard_deviation
-            nn.init.trunc_normal_(linear.weight, std=standard_deviation, a=-bound, b=bound)
+            nn.init.trunc_normal_(linear.weight, std=1.0, a=-2.0, b=2.0)
+            with torch.no_grad():
+                linear.weight.mul_(standard_deviation)
             nn.init.zeros_(linear.bias)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class SequentialAdapter(Method):
         for site in sublayer_sites(model, anatomy, self.targets):
             yield Placement(site, self._form(site))
         if self.train_norms:
-            modules = dict(model.named_modules())
+            modules = dict(model.named_modules(remove_duplicate=False))
             for part in anatomy.of("norm"):
                 for name, _ in modules[part.module].named_parameters(recurse=False):
                     yield Placement(ParameterSite(f"{part.module}.{name}"))

@@ -53,7 +53,7 @@ class BitFit(Method):
         Raises:
             MethodError: if there are none.
         """
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         head = tuple(f"{name}." for name in anatomy.head)
         names = tuple(modules) if self.targets is None else self._targeted(anatomy, modules)
         linear = {part.module for part in anatomy if part.role in PROJECTION_ROLES}

@@ -57,7 +57,7 @@ class Freeze(Method):
         for name, stack in anatomy.stacks.items():
             if self.layers > len(stack):
                 raise MethodError(f"freeze: the {name} has {len(stack)} layers, so layers cannot be {self.layers}.")
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         targets = self.targets if self.targets.layers else replace(self.targets, layers=(f"-{self.layers}:",))
         for part in targets.select(anatomy, tuple(modules)):
             module = modules[part.module]

@@ -1,0 +1,60 @@
+"""A model with a saved delta and the task that the delta was trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from deltune.tasks import Task
+    from deltune.tuned import Tuned
+
+__all__ = ["Loaded", "load_delta"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its delta attached, its task and its tokenizer."""
+
+    tuned: Tuned
+    task: Task
+    tokenizer: Any
+
+
+def load_delta(model: str, delta: Path, device: str | None = None) -> Loaded:
+    """Load the model for the task of a delta, and attach the delta.
+
+    Args:
+        model: folder of the pretrained model.
+        delta: folder that ``deltune tune`` or ``Tuned.save`` wrote.
+        device: cpu, cuda or mps; the best that is present if none.
+
+    Raises:
+        CheckpointError: if the delta is missing, damaged, of another model, or says no task.
+        TrainingError: if there is no such device.
+    """
+    from deltune.cli.reporting import quiet_libraries
+
+    quiet_libraries()
+    import deltune
+    from deltune.checkpoints import read_description
+    from deltune.tasks import task_from_description
+    from deltune.training.devices import usable_device
+
+    place = usable_device(device)
+    description = read_description(delta)
+    if not description.get("task"):
+        raise CheckpointError(
+            f"{delta} does not say for which task it was trained, so the model's head and the data's columns are not "
+            "known. Deltas that `deltune tune` or deltune.fit trained say it; load this one in Python."
+        )
+    task = task_from_description(description["task"])
+    tokenizer = task.load_tokenizer(model)
+    base = task.load_model(model, tokenizer=tokenizer)
+    tuned = deltune.load(base, delta)
+    tuned.model.to(place)
+    tuned.model.eval()
+    return Loaded(tuned, task, tokenizer)

@@ -1,0 +1,127 @@
+"""``deltune merge``: fold a delta into its model and write an ordinary model folder."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from deltune.cli.loaded import load_delta
+from deltune.cli.reporting import plain_number, print_json
+from deltune.errors import CheckpointError, StateError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Drift", "merge"]
+
+_PROBE_ROWS, _PROBE_TOKENS = 4, 16
+#: Merging in float32 drifts by about a millionth; by this much the folder holds something else.
+_LARGEST_DRIFT = 0.05
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the logits of the merged model are from those of the model with its delta.
+
+    Attributes:
+        largest: greatest absolute difference.
+        relative: the same as a share of the greatest absolute logit.
+        agreement: share of positions where both have the same greatest logit.
+    """
+
+    largest: float
+    relative: float
+    agreement: float
+
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor) -> Drift:
+        """Compare logits."""
+        before, after = before.float(), after.float()
+        largest = float((before - after).abs().max())
+        agreement = float((before.argmax(-1) == after.argmax(-1)).float().mean())
+        return cls(largest, largest / max(float(before.abs().max()), 1e-12), agreement)
+
+
+def merge(
+    model: Annotated[str, typer.Option(help="Folder of the pretrained model.")],
+    delta: Annotated[Path, typer.Option(help="Folder that deltune tune wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Fold a delta into its model, and write an ordinary model folder with its tokenizer.
+
+    The folder is read again before it is put in its place, and its logits are compared with those of the model
+    with the delta beside it.
+    """
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise StateError(f"{output} exists already. Choose another folder, or replace it with --overwrite.")
+    loaded = load_delta(model, delta, "cpu")
+    before = _logits(loaded.tuned.model)
+    method = str(loaded.tuned.attachments[loaded.tuned.active[0]].method)
+    merged = loaded.tuned.merge(reversible=False)
+    try:
+        drift = _write(merged, loaded.tokenizer, before, output)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC or "No space left" in str(error)
+        raise CheckpointError(
+            f"Could not write {output}: {'the disk is full' if full else error}. What stood there before is untouched. "
+            "Free some space or choose another folder, and run the same command again."
+        ) from error
+    if json:
+        print_json({"output": str(output), "method": method, "drift": vars(drift)})
+        return
+    typer.echo(
+        f"Merged {method} into {output}. On a probe batch its logits differ by at most {plain_number(drift.largest)} "
+        f"({drift.relative:.2g} of the greatest) from those of the model with the delta; "
+        f"{drift.agreement:.1%} of the positions prefer the same."
+    )
+
+
+def _write(model: Any, tokenizer: Any, before: Tensor, output: Path) -> Drift:
+    """Write the folder beside its place, read it again, compare, and put it in its place."""
+    from deltune.training.snapshot import remove_unfinished
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(output.parent, output.name)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.", suffix=".part") as name:
+        folder = Path(name) / "model"
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            if "No space left" in str(error) and not isinstance(error, OSError):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+        drift = Drift.between(before, _logits(type(model).from_pretrained(folder).eval()))
+        if not drift.relative <= _LARGEST_DRIFT:
+            raise StateError(
+                f"The merged model does not do the same: on a probe batch its logits differ by {drift.largest:.3g}, "
+                f"{drift.relative:.1%} of the greatest. Nothing was written. Keep the delta beside the model, or merge "
+                "in float32."
+            )
+        if output.exists():
+            shutil.rmtree(output)
+        folder.rename(output)
+    return drift
+
+
+def _logits(model: Any) -> Tensor:
+    """Logits for random tokens, the same each time."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    ids = torch.randint(vocabulary, (_PROBE_ROWS, _PROBE_TOKENS), generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    with torch.no_grad():
+        logits: Tensor = model(**batch).logits
+    return logits

@@ -1,0 +1,223 @@
+"""One row of a comparison in a process of its own: ``python -m deltune.compare.worker JOB.json``.
+
+Only then does peak memory belong to one method. The process runs the row's seeds one after the other and writes
+one JSON object a line to its standard output: ``start``, ``step``, ``done`` or ``failed``, each with its seed.
+Whatever else is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from deltune.checkpoints import TENSOR_FILE
+from deltune.compare.content import ComparisonData, prepare_data
+from deltune.compare.plan import MAJORITY, Comparison
+from deltune.compare.worker_job import Job
+from deltune.errors import DeltuneError
+from deltune.measure import PeakMemory, provenance, release_memory, resident_bytes
+from deltune.training import FitResult, TrainingSettings, fit
+from deltune.tuned import Tuned, attach
+
+__all__ = ["main", "run_job"]
+
+Emit = Callable[[Mapping[str, Any]], None]
+
+#: Seconds between two reports of progress.
+_REPORT_INTERVAL = 0.2
+
+
+class _Progress(transformers.TrainerCallback):  # type: ignore[misc]
+    """Reports steps and the latest loss."""
+
+    def __init__(self, emit: Emit, seed: int) -> None:
+        self._emit = emit
+        self._seed = seed
+        self._loss: float | None = None
+        self._reported = 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Remember the loss."""
+        loss = (logs or {}).get("loss")
+        self._loss = self._loss if loss is None else float(loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report, but not too often."""
+        now = time.monotonic()
+        last = state.global_step >= state.max_steps
+        if last or now - self._reported >= _REPORT_INTERVAL:
+            self._reported = now
+            self._emit(
+                {
+                    "event": "step",
+                    "seed": self._seed,
+                    "step": state.global_step,
+                    "total": state.max_steps,
+                    "loss": self._loss,
+                }
+            )
+
+
+def run_job(job: Job, emit: Emit) -> None:
+    """Run every seed of a row; a failure ends its seed only.
+
+    Args:
+        job: the row.
+        emit: receives the events.
+    """
+    torch.set_num_threads(job.threads)
+    comparison = Comparison.from_dict(job.comparison)
+    data = prepare_data(comparison)
+    baseline = resident_bytes()
+    for seed, folder in job.folders.items():
+        emit({"event": "start", "seed": seed})
+        try:
+            if job.row == MAJORITY:
+                result = majority(comparison, data)
+            else:
+                result = _train(comparison, data, job, seed, Path(folder), emit)
+        except Exception as error:  # whatever a method, a model or a library raises becomes a row of the report
+            traceback.print_exc()
+            text = str(error) if isinstance(error, DeltuneError) else f"{type(error).__name__}: {error}"
+            emit({"event": "failed", "seed": seed, "error": text})
+        else:
+            result["memory"]["resident_baseline"] = baseline
+            emit({"event": "done", "seed": seed, "result": result})
+            if not job.keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        release_memory()
+
+
+def majority(comparison: Comparison, data: ComparisonData) -> dict[str, Any]:
+    """Answer every evaluation example with the most frequent class of the training examples."""
+    import numpy
+
+    tokenizer = data.task.load_tokenizer(comparison.model)
+    with PeakMemory() as memory:
+        train = numpy.asarray(data.task.encode(data.train, tokenizer)["labels"])
+        labels = numpy.asarray(data.task.encode(data.evaluation, tokenizer)["labels"])
+        counts = numpy.bincount(train, minlength=len(data.task.label_names))
+        logits_NC = numpy.zeros((len(labels), len(counts)))
+        logits_NC[:, counts.argmax()] = 1.0
+        metrics = data.task.metrics(logits_NC, labels)
+    return {
+        "parameters": {"trainable": 0, "head": 0, "share": 0.0, "model": None},
+        "metrics": metrics,
+        "seconds": 0.0,
+        "steps": 0,
+        "examples": 0,
+        "memory": memory.use.to_dict(),
+        "checkpoint_bytes": 0,
+        "history": [],
+        "settings": {},
+        "provenance": provenance(),
+    }
+
+
+def _train(
+    comparison: Comparison, data: ComparisonData, job: Job, seed: int, folder: Path, emit: Emit
+) -> dict[str, Any]:
+    method = comparison.method(job.row)
+    assert method is not None
+    settings = training_settings(comparison, job.row, seed, len(data.train), job.threads)
+    device = _device()
+    if (folder / TENSOR_FILE).exists():
+        # it had ended, but its result never arrived: only training again measures its memory
+        shutil.rmtree(folder)
+    tokenizer = data.task.load_tokenizer(comparison.model)
+    with PeakMemory(device) as memory:
+        # the head is drawn first, so all methods start from the same one
+        transformers.set_seed(seed)
+        model = data.task.load_model(comparison.model, tokenizer=tokenizer)
+        tuned = attach(model, method, reversible=False)
+        outcome = fit(
+            tuned,
+            data.task,
+            data.train,
+            data.evaluation,
+            tokenizer=tokenizer,
+            settings=settings,
+            output=folder,
+            callbacks=[_Progress(emit, seed)],
+        )
+    checkpoint_bytes = (folder / TENSOR_FILE).stat().st_size
+    return _result(tuned, outcome, memory, checkpoint_bytes, provenance(device, seed=seed, threads=job.threads))
+
+
+def _result(
+    tuned: Tuned, outcome: FitResult, memory: PeakMemory, checkpoint_bytes: int, origin: dict[str, Any]
+) -> dict[str, Any]:
+    summary = tuned.summary()
+    return {
+        "parameters": {
+            "trainable": summary.parameters,
+            "head": summary.head_parameters,
+            "share": summary.share,
+            "model": summary.model_parameters,
+        },
+        "metrics": outcome.metrics,
+        "seconds": outcome.seconds,
+        "steps": outcome.steps,
+        "examples": outcome.examples,
+        "memory": memory.use.to_dict(),
+        "checkpoint_bytes": checkpoint_bytes,
+        "history": outcome.history,
+        "settings": outcome.settings,
+        "provenance": origin,
+    }
+
+
+def training_settings(
+    comparison: Comparison, row: str, seed: int, train_examples: int, threads: int
+) -> TrainingSettings:
+    """Settings of one run. The last weights count, not the best: choosing by the evaluation data would flatter."""
+    batches = -(-train_examples // comparison.batch_size)
+    steps = comparison.steps or max(1, round((comparison.epochs or 1.0) * batches))
+    return TrainingSettings(
+        steps=steps,
+        batch_size=comparison.batch_size,
+        learning_rate=comparison.learning_rate(row),
+        seed=seed,
+        keep_best=False,
+        save_every=max(50, steps // 10),
+        threads=threads,
+    )
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _emit_to(descriptor: int) -> Emit:
+    def emit(event: Mapping[str, Any]) -> None:
+        try:
+            os.write(descriptor, (json.dumps(event) + "\n").encode())
+        except BrokenPipeError:
+            os._exit(1)  # the comparison is gone, so nobody wants the result
+
+    return emit
+
+
+def main(arguments: list[str]) -> None:
+    """Entry point of the process."""
+    (path,) = arguments
+    # libraries print: keep the pipe for events alone
+    events = os.dup(1)
+    os.dup2(2, 1)
+    run_job(Job.from_json(Path(path).read_text(encoding="utf-8")), _emit_to(events))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,21 @@
+"""Measuring: memory, spread over repetitions, and where a number comes from. Nothing here knows of methods.
+
+Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from deltune.measure.memory import MemoryUse, PeakMemory, release_memory, resident_bytes
+from deltune.measure.provenance import cpu_count, provenance
+from deltune.measure.statistics import Spread, proportion_interval
+
+__all__ = [
+    "MemoryUse",
+    "PeakMemory",
+    "Spread",
+    "cpu_count",
+    "proportion_interval",
+    "provenance",
+    "release_memory",
+    "resident_bytes",
+]

@@ -1,0 +1,90 @@
+"""Laws 4 and 5: padding and batch mates change nothing; cached generation equals uncached generation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.laws.cases import Case, cases, take_steps
+
+TOLERANCE = 2e-5
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("case", cases(architectures=lambda architecture: architecture.pads))
+def test_a_row_does_not_depend_on_padding_or_batch_mates(case: Case, side: Any) -> None:
+    architecture = case.architecture
+    if side == "left" and not architecture.left_padding:
+        pytest.skip(f"the bare {architecture.name} itself changes with padding on the left")
+    if "base" in architecture.heads and not architecture.generates:
+        case = replace(case, tested_head="base")  # every position, not only the one that a task head reads
+    model = case.build()
+    tuned = case.attach(model)
+    take_steps(tuned, case, case.batch())
+    batch = case.batch(padding=side)
+    together = case.output(model, batch)
+    for row in range(together.shape[0]):
+        alone = case.output(model, architecture.alone(batch, row))[0]
+        mine = together[row]
+        if case.head != "classification":
+            mine = mine[architecture.real(batch)[row]]
+        assert torch.allclose(mine, alone, atol=TOLERANCE * float(alone.abs().max().clamp(min=1))), row
+
+
+def generated(model: Any, prompt: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    torch.manual_seed(5)
+    prompt = {name: value.clone() for name, value in prompt.items()}  # BLIP writes into it
+    result: torch.Tensor = model.generate(**prompt, max_new_tokens=6, min_new_tokens=6, **options)
+    return result
+
+
+MODES = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("case", cases(architectures=lambda architecture: architecture.generates))
+def test_cached_generation_equals_uncached(case: Case, padding: Any) -> None:
+    if padding == "left" and not case.architecture.pads:
+        pytest.skip(f"{case.architecture.name} reads no padded input")
+    model = case.build()
+    tuned = case.attach(model)
+    take_steps(tuned, case, case.batch())
+    with tuned.disabled():
+        bare = generated(model, case.architecture.prompt(case.batch(padding=padding)), **MODES["greedy"])
+    prompt = case.architecture.prompt(case.batch(padding=padding))
+    for mode, options in MODES.items():
+        cached = generated(model, prompt, use_cache=True, **options)
+        uncached = generated(model, prompt, use_cache=False, **options)
+        assert torch.equal(cached, uncached), mode
+    assert bare.shape[0] == prompt[next(iter(prompt))].shape[0]
+
+
+@pytest.mark.parametrize("case", cases(architectures=lambda architecture: architecture.generates))
+def test_generation_agrees_with_the_forward_pass(case: Case) -> None:
+    """Each greedy token is the argmax of one uncached forward pass over what came before."""
+    if case.architecture.kind == "text-vision":
+        pytest.skip("BLIP's generate changes the prompt it is given: first token replaced, last one dropped")
+    model = case.build()
+    tuned = case.attach(model)
+    take_steps(tuned, case, case.batch())
+    prompt = case.architecture.prompt(case.batch(batch_size=2))
+    tokens = generated(model, prompt, do_sample=False)
+    if case.architecture.kind == "encoder-decoder":
+        batch = {**case.batch(batch_size=2), "decoder_input_ids": tokens[:, :-1]}
+        logits = case.output(model, batch)
+        expected = logits.argmax(-1)[:, -1]
+    else:
+        start = prompt["input_ids"].shape[1]
+        logits = model(input_ids=tokens[:, :-1]).logits
+        expected = logits.argmax(-1)[:, -1]
+        assert tokens.shape[1] == start + 6
+    top = logits[:, -1].topk(2).values
+    clear = (top[:, 0] - top[:, 1]) > 1e-4
+    assert torch.equal(expected[clear], tokens[:, -1][clear])
