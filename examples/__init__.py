@@ -1,0 +1,1 @@
+"""Runnable examples, and the real models and data that they use."""
