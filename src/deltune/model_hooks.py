@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from deltune.attachment import BANK, Attachment
+from deltune.backbone import Anatomy
+from deltune.errors import StateError
 from deltune.sites import Control
 
-__all__ = ["PenaltyHook", "StepHook", "accept_bare_state", "is_delta_key", "total_penalty"]
+__all__ = [
+    "BareStateHook",
+    "InputGradientHook",
+    "PenaltyHook",
+    "StepHook",
+    "added_keys",
+    "lowest_trained_layers",
+    "refuse_to_resize",
+    "total_penalty",
+]
 
 
 def total_penalty(control: Control, attachments: Mapping[str, Attachment]) -> Tensor | None:
@@ -53,15 +64,62 @@ class PenaltyHook:
         return output
 
 
-def is_delta_key(key: str) -> bool:
-    """Whether an entry of a ``state_dict`` belongs to an attachment."""
-    return f".{BANK}." in f".{key}"
+def added_keys(model: nn.Module, attachments: Mapping[str, Attachment]) -> set[str]:
+    """The entries of the model's ``state_dict`` that the bare model does not have: forms, and added biases."""
+    added = {id(value) for attachment in attachments.values() for value in attachment.selection.added}
+    return {
+        key for key, value in model.state_dict(keep_vars=True).items() if f".{BANK}." in f".{key}" or id(value) in added
+    }
 
 
-def accept_bare_state(module: nn.Module, incompatible: Any) -> None:
-    """Let the bare model's ``state_dict`` load while methods are attached, which it says nothing about."""
-    ours = {key for key in module.state_dict() if is_delta_key(key)}
-    missing = [key for key in incompatible.missing_keys if key in ours]
-    if len(missing) == len(ours):
-        for key in missing:
-            incompatible.missing_keys.remove(key)
+class BareStateHook:
+    """Lets the bare model's ``state_dict`` load while methods are attached, which it says nothing about."""
+
+    def __init__(self, attachments: Mapping[str, Attachment]) -> None:
+        self.attachments = attachments
+
+    def __call__(self, module: nn.Module, incompatible: Any) -> None:
+        """Accept that all of our own entries are missing; a part of them missing stays an error."""
+        ours = added_keys(module, self.attachments)
+        if ours <= set(incompatible.missing_keys):
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in ours]
+
+
+def lowest_trained_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[nn.Module]:
+    """Of each stack the first layer in which anything trains, if there is one."""
+    for stack in anatomy.stacks.values():
+        layers = (model.get_submodule(name) for name in stack.layers)
+        found = next((layer for layer in layers if any(value.requires_grad for value in layer.parameters())), None)
+        if found is not None:
+            yield found
+
+
+class InputGradientHook:
+    """Before a layer that is recomputed: let its input require a gradient, where all below it is frozen.
+
+    Re-entrant gradient checkpointing differentiates only what an input with a gradient reaches, so a frozen
+    model below would leave the layer's own parameters without one. transformers sees to this for models that
+    read token ids, but not for those of images and sound.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Replace the hidden states, if they need it."""
+        if not (getattr(module, "gradient_checkpointing", False) and module.training and torch.is_grad_enabled()):
+            return None
+        options = getattr(module._gradient_checkpointing_func, "keywords", {})
+        needs = options.get("use_reentrant", True) and args and isinstance(args[0], Tensor)
+        if not needs or args[0].requires_grad:
+            return None
+        return args[0].detach().requires_grad_(), *args[1:]
+
+
+def refuse_to_resize(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stands in for ``model.resize_token_embeddings``, which replaces modules that attachments refer to.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        "The token embeddings cannot be resized while methods are attached. Resize them before attaching, or detach "
+        "first."
+    )

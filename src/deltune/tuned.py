@@ -17,7 +17,16 @@ from deltune.checkpoints import write
 from deltune.errors import MethodError, StateError, suggestion
 from deltune.folding import Folded, fold
 from deltune.methods import Method, parse
-from deltune.model_hooks import PenaltyHook, StepHook, accept_bare_state, is_delta_key, total_penalty
+from deltune.model_hooks import (
+    BareStateHook,
+    InputGradientHook,
+    PenaltyHook,
+    StepHook,
+    added_keys,
+    lowest_trained_layers,
+    refuse_to_resize,
+    total_penalty,
+)
 from deltune.sites import Control, Tap
 from deltune.summary import Summary
 
@@ -28,6 +37,8 @@ __all__ = ["HANDLE", "Tuned", "attach"]
 
 #: Attribute of the model under which its handle is found.
 HANDLE = "_deltune_handle"
+#: A method of transformers models that is refused while anything is attached.
+_RESIZE = "resize_token_embeddings"
 
 
 def attach(
@@ -127,6 +138,8 @@ class Tuned:
             self._frozen = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
             self.model.requires_grad_(False)
             self.model.__dict__[HANDLE] = self
+            if hasattr(self.model, _RESIZE):
+                self.model.__dict__[_RESIZE] = refuse_to_resize
         self.attachments[name] = attachment
         for _, site, form in attachment.sites:
             tap = self._taps.setdefault(site.identity, site.tap(self.control))
@@ -196,7 +209,7 @@ class Tuned:
             for parameter, required in self._frozen:
                 parameter.requires_grad_(required)
             self._frozen = None
-            self.model.__dict__.pop(HANDLE, None)
+            self._release()
         return self.model
 
     # -- training --------------------------------------------------------------------------------------------
@@ -271,7 +284,7 @@ class Tuned:
         self.attachments.clear()
         self._taps.clear()
         self._frozen = None
-        self.model.__dict__.pop(HANDLE, None)
+        self._release()
         self.model.requires_grad_(True)
         return self.model
 
@@ -375,12 +388,14 @@ class Tuned:
             tap.install(self._modules)
         if total_penalty(self.control, self.attachments) is not None:
             self._handles.append(self.model.register_forward_hook(PenaltyHook(self.control, self.attachments)))
+        for layer in lowest_trained_layers(self.model, self.anatomy):
+            self._handles.append(layer.register_forward_pre_hook(InputGradientHook()))
         register: Any = self.model.register_load_state_dict_post_hook
-        self._handles.append(register(accept_bare_state))
+        self._handles.append(register(BareStateHook(self.attachments)))
         ignored = getattr(self.model, "_keys_to_ignore_on_save", None)
         if ignored is not None:
             self._ignored_on_save = ignored
-            keys = {key for key in self.model.state_dict() if is_delta_key(key)}
+            keys = added_keys(self.model, self.attachments)
             self.model._keys_to_ignore_on_save = set(ignored) | keys  # type: ignore[assignment]
         self._installed = True
 
@@ -398,6 +413,11 @@ class Tuned:
             self.model._keys_to_ignore_on_save = self._ignored_on_save  # type: ignore[assignment]
             self._ignored_on_save = None
         self._installed = False
+
+    def _release(self) -> None:
+        """Make the model forget this handle."""
+        self.model.__dict__.pop(HANDLE, None)
+        self.model.__dict__.pop(_RESIZE, None)
 
     def _original_parameters(self) -> int:
         """Number of values of the bare model, tied ones once."""

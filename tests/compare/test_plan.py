@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from deltune.compare import LINEAR_HEAD, MAJORITY, Comparison, Run, split_specifications
+from deltune.compare import LINEAR_HEAD, MAJORITY, Comparison, Run
 from deltune.compare.command import command, shown_path
 from deltune.compare.plan import specification_hash
 from deltune.errors import DeltuneError, MethodError
+from deltune.methods import split_specifications
 
 CONTENT = {"model": "m", "data": {"train": "t", "evaluation": "e"}, "task": {"task": "text-classification"}}
 

@@ -5,7 +5,7 @@ import io
 
 import numpy
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -112,6 +112,7 @@ def test_pareto_front_is_what_nothing_beats(found, greater_is_better):
     assert [found[index][0] for index in front] == sorted(found[index][0] for index in front)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.floats(40, 860), st.floats(20, 400)), min_size=1, max_size=8))
 def test_labels_do_not_cover_each_other(found):
     bounds = Box(0, 0, 900, 420)

@@ -140,3 +140,17 @@ def test_every_method_has_what_the_registry_needs(name: str) -> None:
     assert method.name == name
     assert parse(method.to_dict()) == method
     assert parse(str(method)) == method
+
+
+def test_a_model_that_is_a_sequence_itself() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    x = torch.randn(2, 4)
+    before = model(x)
+    tuned = deltune.attach(model, "lora(rank=2, targets='0 2')")
+    assert torch.equal(model(x), before)
+    optimizer = torch.optim.SGD(tuned.trainable_parameters(), lr=1.0)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model(x), before)
+    assert torch.equal(tuned.detach()(x), before)

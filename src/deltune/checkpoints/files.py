@@ -61,7 +61,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     """Write ``tensors`` as safetensors, atomically; each is stored once, contiguous, from the CPU."""
     from safetensors.torch import save_file
 
-    ready = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    ready: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().to("cpu").contiguous()
+        storage = value.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory
+        ready[name] = value.clone() if storage in seen else value
+        seen.add(storage)
     write_atomically(path, lambda temporary: save_file(ready, str(temporary), metadata=dict(metadata)))
 
 

@@ -38,6 +38,12 @@ def compare(
     learning_rate: Annotated[
         list[str] | None, typer.Option(help="Another rate for a method, such as lora=3e-4; may be repeated.")
     ] = None,
+    head_learning_rate: Annotated[
+        float | None, typer.Option(help="Rate of the task head in every row; the row's own if none.")
+    ] = None,
+    model_dropout: Annotated[
+        float | None, typer.Option(help="Probability of every dropout of the model; its own if none.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Processes at a time; more blur the measured times.")] = 1,
     keep: Annotated[bool, typer.Option("--keep", help="Keep what each run trained, in OUTPUT/runs.")] = False,
 ) -> None:
@@ -49,8 +55,9 @@ def compare(
     from rich.console import Console
 
     from deltune.compare.engine import run_comparison
-    from deltune.compare.plan import Comparison, split_specifications
+    from deltune.compare.plan import Comparison
     from deltune.errors import DeltuneError
+    from deltune.methods import split_specifications
 
     asked = [*split_specifications(methods), *(method or [])]
     if not asked:
@@ -73,6 +80,8 @@ def compare(
         split_seed=split_seed,
         max_length=max_length,
         learning_rates=_rates(learning_rate or []),
+        head_learning_rate=head_learning_rate,
+        model_dropout=model_dropout,
     )
     console = Console()
     if not console.is_terminal:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltune.compare.engine import Outcome, run_comparison
     from deltune.compare.pareto import pareto_front
-    from deltune.compare.plan import LINEAR_HEAD, MAJORITY, Comparison, Run, split_specifications
+    from deltune.compare.plan import LINEAR_HEAD, MAJORITY, Comparison, Run
     from deltune.compare.report import ReportFiles, write_report
     from deltune.compare.table import ComparisonTable, TableRow
 
@@ -32,7 +32,6 @@ _MODULES = {
     "TableRow": "table",
     "pareto_front": "pareto",
     "run_comparison": "engine",
-    "split_specifications": "plan",
     "write_report": "report",
 }
 
@@ -47,7 +46,6 @@ __all__ = [
     "TableRow",
     "pareto_front",
     "run_comparison",
-    "split_specifications",
     "write_report",
 ]
 

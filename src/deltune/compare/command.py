@@ -37,6 +37,10 @@ def command(comparison: Comparison, row: str | None = None, *, output: str = "ag
     for name, rate in comparison.learning_rates.items():
         if row is None or name == row:
             words += ["--learning-rate", f"{name}={rate!r}"]
+    if comparison.model_dropout is not None:
+        words += ["--model-dropout", repr(comparison.model_dropout)]
+    if comparison.head_learning_rate is not None:
+        words += ["--head-learning-rate", repr(comparison.head_learning_rate)]
     if jobs != 1:
         words += ["--jobs", str(jobs)]
     return shlex.join([*words, "--output", output]).replace("'~/", "~/'")

@@ -13,7 +13,8 @@ __all__ = ["NEAR", "Box", "place_labels"]
 
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 _DISTANCES = (9.0, 16.0, 26.0, 40.0, 58.0, 80.0, 110.0)
-_OUTSIDE_COST = 1e4
+_OUTSIDE_COST = 1e6
+_COVER_COST = 1e5
 
 #: A label that is farther away from its point than this is tied to it by a line.
 NEAR = 14.0
@@ -86,7 +87,9 @@ def place_labels(
                 covered = sum(box.overlap(other) for other in taken)
                 outside = width * height - box.overlap(bounds)
                 crossed = sum(dot.overlap(other) for dot in _line((x, y), box) for other in placed.values())
-                cost = 10 * (covered + crossed) + _OUTSIDE_COST * (outside > 1e-6) + rank * 8 + order
+                hidden = any(box.overlap(other) > 0 for other in placed.values())
+                cost = 10 * (covered + crossed) + rank * 8 + order
+                cost += _OUTSIDE_COST * (outside > 1e-6) + _COVER_COST * hidden
                 if best is None or cost < best[0]:
                     best = (cost, box)
         assert best is not None

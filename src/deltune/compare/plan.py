@@ -11,7 +11,7 @@ from typing import Any
 from deltune.errors import DeltuneError, MethodError, suggestion
 from deltune.methods import Method, parse
 
-__all__ = ["LINEAR_HEAD", "MAJORITY", "Comparison", "Run", "specification_hash", "split_specifications"]
+__all__ = ["LINEAR_HEAD", "MAJORITY", "Comparison", "Run", "specification_hash"]
 
 #: Row of the majority class: nothing is trained.
 MAJORITY = "majority"
@@ -60,6 +60,8 @@ class Comparison:
         split_seed: chooses which examples are which.
         max_length: longest text in tokens; the task's default if None.
         learning_rates: rates by row that replace the methods' defaults.
+        head_learning_rate: rate of the task head in every row; by default that of the row.
+        model_dropout: probability of every dropout of the model, in every row; the model's own by default.
 
     Raises:
         DeltuneError: when built with values that make no sense.
@@ -81,6 +83,8 @@ class Comparison:
     split_seed: int = 0
     max_length: int | None = None
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    head_learning_rate: float | None = None
+    model_dropout: float | None = None
 
     def __post_init__(self) -> None:
         rows = [str(parse(text)) for text in self.methods if text not in (MAJORITY, LINEAR_HEAD)]
@@ -93,10 +97,20 @@ class Comparison:
         _refuse_repeated("seed", self.seeds)
         if (self.steps is None) == (self.epochs is None):
             raise DeltuneError("Give the budget of each run either in steps or in epochs.")
-        for name in ("steps", "epochs", "batch_size", "train_size", "evaluation_size", "max_length"):
+        for name in (
+            "steps",
+            "epochs",
+            "batch_size",
+            "train_size",
+            "evaluation_size",
+            "max_length",
+            "head_learning_rate",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise DeltuneError(f"{name} must be greater than 0, not {value}.")
+        if self.model_dropout is not None and not 0 <= self.model_dropout < 1:
+            raise DeltuneError(f"model_dropout must be at least 0 and less than 1, not {self.model_dropout}.")
         rates = {self._row_of(name): float(rate) for name, rate in self.learning_rates.items()}
         for row, rate in rates.items():
             if not rate > 0:
@@ -144,6 +158,8 @@ class Comparison:
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "learning_rate": self.learning_rate(run.row),
+            "head_learning_rate": self.head_learning_rate,
+            "model_dropout": self.model_dropout,
             "weight_decay": None if method is None else method.weight_decay,
         }
 
@@ -171,30 +187,6 @@ class Comparison:
                 f"A learning rate is given for {name!r}, which is not compared. {suggestion(name, self.rows)}"
             )
         return row
-
-
-def split_specifications(text: str) -> list[str]:
-    """Methods in one text, separated by commas; commas inside parentheses belong to a method.
-
-    Example:
-        >>> split_specifications("full, lora(rank=8, alpha=16),bitfit")
-        ['full', 'lora(rank=8, alpha=16)', 'bitfit']
-    """
-    pieces, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([":
-            depth += 1
-        elif character in ")]":
-            depth -= 1
-        elif character == "," and depth == 0:
-            pieces.append("")
-            continue
-        pieces[-1] += character
-    return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def specification_hash(specification: Mapping[str, Any]) -> str:

@@ -138,7 +138,7 @@ def _train(
     with PeakMemory(device) as memory:
         # the head is drawn first, so all methods start from the same one
         transformers.set_seed(seed)
-        model = data.task.load_model(comparison.model, tokenizer=tokenizer)
+        model = data.task.load_model(comparison.model, tokenizer=tokenizer, dropout=comparison.model_dropout)
         tuned = attach(model, method, reversible=False)
         outcome = fit(
             tuned,
@@ -187,6 +187,7 @@ def training_settings(
         steps=steps,
         batch_size=comparison.batch_size,
         learning_rate=comparison.learning_rate(row),
+        head_learning_rate=comparison.head_learning_rate,
         seed=seed,
         keep_best=False,
         save_every=max(50, steps // 10),

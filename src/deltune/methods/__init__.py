@@ -7,6 +7,17 @@ from __future__ import annotations
 
 from deltune.methods.base import Method, Paper, Placement, Sum
 from deltune.methods.options import option
-from deltune.methods.registry import all_methods, get, parse, register
+from deltune.methods.registry import all_methods, get, parse, register, split_specifications
 
-__all__ = ["Method", "Paper", "Placement", "Sum", "all_methods", "get", "option", "parse", "register"]
+__all__ = [
+    "Method",
+    "Paper",
+    "Placement",
+    "Sum",
+    "all_methods",
+    "get",
+    "option",
+    "parse",
+    "register",
+    "split_specifications",
+]

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from deltune.errors import MethodError, suggestion
 from deltune.methods.base import Method, Sum
 
-__all__ = ["all_methods", "get", "parse", "register"]
+__all__ = ["all_methods", "get", "parse", "register", "split_specifications"]
 
 _REGISTERED: dict[str, type[Method]] = {}
 _BRANCHES = ("selective", "additive", "reparameterized", "hybrid")
@@ -105,7 +105,7 @@ def _parse_term(text: str) -> Method:
         raise MethodError(f"{text!r} is no method. Write a name, or a name with options: lora(rank=16, alpha=32).")
     name, inside = match.groups()
     options: dict[str, str] = {}
-    for piece in _split(inside or "", ","):
+    for piece in _split_options(inside or ""):
         if not piece.strip():
             continue
         key, equals, value = piece.partition("=")
@@ -115,14 +115,35 @@ def _parse_term(text: str) -> Method:
     return get(name).from_options(options)
 
 
-def _split(text: str, separator: str) -> list[str]:
-    """Split at ``separator`` where it stands outside of parentheses and quotes.
+def split_specifications(text: str) -> list[str]:
+    """Split a list of methods at the commas that are not inside parentheses or quotes.
 
-    Between options, a comma that is not followed by ``name=`` belongs to the value before it
+    Example:
+        >>> split_specifications("full, lora(rank=8, alpha=16),bitfit")
+        ['full', 'lora(rank=8, alpha=16)', 'bitfit']
+    """
+    return [piece.strip() for piece in _split(text, ",") if piece.strip()]
+
+
+def _split_options(text: str) -> list[str]:
+    """Split options at their commas.
+
+    One that is not followed by ``name=`` belongs to the value before it
     (``targets=attention.query,attention.value``).
     """
+    options: list[str] = []
+    for piece in _split(text, ","):
+        if options and piece.strip() and not re.match(r"\s*\w+\s*=", piece):
+            options[-1] += f",{piece}"
+        else:
+            options.append(piece)
+    return options
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at ``separator`` where it stands outside of parentheses and quotes."""
     pieces, depth, quote = [""], 0, ""
-    for position, character in enumerate(text):
+    for character in text:
         if quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
@@ -132,10 +153,8 @@ def _split(text: str, separator: str) -> list[str]:
         elif character in ")]":
             depth -= 1
         elif character == separator and depth == 0:
-            following = text[position + 1 :]
-            if separator != "," or re.match(r"\s*(\w+\s*=(?!=)|$)", following):
-                pieces.append("")
-                continue
+            pieces.append("")
+            continue
         pieces[-1] += character
     return pieces
 

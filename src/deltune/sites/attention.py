@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltune.backbone import Anatomy, AttentionShape, Targets
 from deltune.errors import StateError, TargetError
-from deltune.sites.base import Control, Form, Insertion, Site, Tap
+from deltune.sites.base import Control, Form, Insertion, Site, Tap, named_arguments
 
 __all__ = ["KeyValueForm", "KeyValueSite", "key_value_sites", "with_additional_keys"]
 
@@ -137,7 +137,7 @@ class _CountPositions:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        arguments = named_arguments(self.names, args, kwargs)
         mask = arguments.get("attention_mask")
         if arguments.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
             return None
@@ -156,10 +156,13 @@ def _eager_function(module: nn.Module) -> Callable[..., Any]:
     return function
 
 
-def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Causal mask aligned to the last key, (1, 1, queries, keys); True where attention is allowed."""
-    allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return allowed[None, None]
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """What ``sdpa`` makes of no mask, (1, 1, queries, keys); True where attention is allowed.
+
+    transformers leaves the causal mask out only where query i is at key i: where there are as many keys, or
+    where the rest are empty places of a static cache.
+    """
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
 
 
 def _widened(mask: Tensor, count: int, visible: bool | float) -> Tensor:
@@ -197,7 +200,7 @@ def with_additional_keys(
         causal = kwargs.pop("is_causal", None)
         causal = vars(module).get("is_causal", True) if causal is None else causal
         if causal and not eager and query.shape[2] > 1:
-            attention_mask = _widened(_lower_right(query.shape[2], key.shape[2], key.device), count, True)
+            attention_mask = _widened(_causal(query.shape[2], key.shape[2], key.device), count, True)
         elif not eager:
             kwargs["is_causal"] = False
     elif not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:

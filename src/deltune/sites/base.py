@@ -8,7 +8,7 @@ model's modules. A *control*, shared by all taps of a model, says which attachme
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -130,6 +130,11 @@ class Site(ABC):
         raise StateError(
             f"The change at {self.key} ({self.insertion.value}) is not a change of weights and cannot be merged."
         )
+
+
+def named_arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; ``names`` are those of the module's ``forward``, in order."""
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
 def first_tensor(output: Any) -> Tensor:

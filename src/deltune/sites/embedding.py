@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from deltune.backbone import Anatomy, Part, Stack, Targets, TokenEntry
 from deltune.errors import StateError, TargetError
-from deltune.sites.base import Control, Form, Insertion, Site, Tap, first_tensor, with_first_tensor
+from deltune.sites.base import Control, Form, Insertion, Site, Tap, first_tensor, named_arguments, with_first_tensor
 
 __all__ = ["TokenForm", "TokenSite", "token_sites"]
 
@@ -110,7 +110,7 @@ class _Entry:
         count = self.tap.length()
         if not count:
             return None
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        arguments = named_arguments(self.names, args, kwargs)
         first = _cached(arguments) == 0
         mask = arguments.get("attention_mask")
         outside = self.tap.site.tokens.embeddings is not None
@@ -235,7 +235,7 @@ class _Reader:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         count = self.tap.length()
-        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        arguments = named_arguments(self.names, args, kwargs)
         mask = arguments.get("encoder_attention_mask")
         states = arguments.get("encoder_hidden_states")
         if not count or mask is None or states is None or mask.shape[-1] + count != states.shape[1]:

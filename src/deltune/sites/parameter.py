@@ -56,6 +56,7 @@ class Selection:
         self.values: dict[str, nn.Parameter] = {}
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
         self._originals: dict[str, nn.Parameter | None] = {}
+        self._added: list[str] = []
         self.live = False
         places = _places(model)
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -87,6 +88,12 @@ class Selection:
         value = torch.zeros(site.zeros, dtype=like.dtype, device=like.device)
         self._places[site.name] = [(modules[owner], attribute)]
         self.values[site.name] = nn.Parameter(value, requires_grad=False)
+        self._added.append(site.name)
+
+    @property
+    def added(self) -> tuple[nn.Parameter, ...]:
+        """The selected parameters that the bare model does not have at all."""
+        return tuple(self.values[name] for name in self._added)
 
     def __iter__(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self.values.items()
@@ -101,8 +108,10 @@ class Selection:
         for name, value in self.values.items():
             module, attribute = self._places[name][0]
             current = module._parameters[attribute]
-            if current is not None and (current.device, current.dtype) != (value.device, value.dtype):
-                value.data = value.data.to(current.device, current.dtype)
+            # the model may have been moved meanwhile; an added bias has no original and follows its module
+            like = next(module.parameters()) if current is None else current
+            if (like.device, like.dtype) != (value.device, value.dtype):
+                value.data = value.data.to(like.device, like.dtype)
             self._originals[name] = current
             self._put(name, value)
         self.live = True

@@ -113,13 +113,15 @@ class Task(ABC):
         """Configuration values that the task's head needs, such as ``num_labels``; empty by default."""
         return {}
 
-    def load_model(self, path: str, *, tokenizer: Any = None, **options: Any) -> Any:
+    def load_model(self, path: str, *, tokenizer: Any = None, dropout: float | None = None, **options: Any) -> Any:
         """Loads a pretrained model with the task's head.
 
         Args:
             path: Local folder, or a name on the model hub.
             tokenizer: Where given, the model's padding id is set to the tokenizer's. Needed to classify with
                 decoders, which look for the last token that is not padding.
+            dropout: Where given, every dropout of the model gets this probability. A frozen model needs none, and
+                short trainings learn faster without.
             **options: Passed on to ``from_pretrained``; ``dtype`` is float32 by default.
 
         Raises:
@@ -135,6 +137,8 @@ class Task(ABC):
             raise DataError(f"The task {self.name!r} sets {', '.join(clashing)} itself. Leave it out.")
         options = {"dtype": torch.float32, **options}
         try:
+            if dropout is not None:
+                options.update(_dropouts(transformers.AutoConfig.from_pretrained(path), dropout))
             model = getattr(transformers, self.auto_class).from_pretrained(path, **required, **options)
         except OSError as error:
             raise _unloadable("model", path, error) from error
@@ -237,6 +241,11 @@ class Task(ABC):
             pad_to_multiple_of=pad_to_multiple_of,
         )
 
+    def generation_options(self, tokenizer: Any) -> dict[str, int]:
+        """What ``model.generate`` must be told; nothing for tasks that do not generate."""
+        del tokenizer
+        return {}
+
     def reduce_logits(self, logits: Any, labels: Any) -> Any:
         """Makes a batch's logits small before they are collected for ``metrics``.
 
@@ -330,3 +339,18 @@ def _unloadable(what: str, path: str, error: Exception) -> DeltuneError:
         f"No {what} can be loaded from {str(path)!r}: {problem} "
         "Give a folder that holds a saved model, or a name on the model hub."
     )
+
+
+def _dropouts(config: Any, probability: float) -> dict[str, float]:
+    """Every dropout of a configuration, set to ``probability``.
+
+    Raises:
+        DataError: if it is no probability.
+    """
+    if not 0 <= probability < 1:
+        raise DataError(f"A dropout must be at least 0 and less than 1, not {probability}.")
+    return {
+        name: probability
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or name.endswith("_pdrop")) and (value is None or isinstance(value, int | float))
+    }

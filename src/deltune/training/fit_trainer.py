@@ -67,6 +67,7 @@ class FitTrainer(DeltaTrainer):
             data_collator=task.collator(tokenizer),
             train_dataset=train,
             eval_dataset=evaluation,
+            head_learning_rate=settings.head_learning_rate,
         )
         self.task = task
         self.tokenizer = tokenizer

@@ -61,7 +61,8 @@ def predict(
         batch = collate([{name: values[row] for name, values in columns.items()} for row in range(len(places))])
         batch = {name: value.to(device) for name, value in batch.items()}
         if task.generates:
-            outputs = _generate(model, batch, tokenizer, precision, {"max_new_tokens": max_new_tokens, **generation})
+            options = {**task.generation_options(tokenizer), "max_new_tokens": max_new_tokens, **generation}
+            outputs = _generate(model, batch, precision, options)
         else:
             with measuring(model), arithmetic(device, precision):
                 outputs = model(**batch).logits
@@ -69,16 +70,14 @@ def predict(
     return [found[row] for row in range(len(rows))]
 
 
-def _generate(model: Any, batch: dict[str, Any], tokenizer: Any, precision: str, options: dict[str, Any]) -> Any:
+def _generate(model: Any, batch: dict[str, Any], precision: str, options: dict[str, Any]) -> Any:
     """New token ids, without the prompt."""
     training = model.training
     model.eval()
     batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
     try:
         with torch.no_grad(), arithmetic(device_of(model), precision):
-            ids = model.generate(
-                **batch, **{"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "use_cache": True, **options}
-            )
+            ids = model.generate(**batch, **{"do_sample": False, "use_cache": True, **options})
     finally:
         model.train(training)
     if model.config.is_encoder_decoder:

@@ -27,7 +27,7 @@ def _capture() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     # asking a GPU that nobody uses for its state would take memory there
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
         states["mps"] = torch.mps.get_rng_state()

@@ -47,6 +47,9 @@ class TrainingSettings:
     learning_rate: float | None = _setting(
         None, "peak learning rate; the method's own default if none", minimum=0, exclusive=True
     )
+    head_learning_rate: float | None = _setting(
+        None, "peak learning rate of the task head; that of the method if none", minimum=0, exclusive=True
+    )
     weight_decay: float | None = _setting(
         None, "decay of weight matrices, never of biases and norms; the method's own default if none", minimum=0
     )
@@ -126,12 +129,14 @@ class TrainingSettings:
         """
         steps_per_epoch = self.steps_per_epoch(batches)
         steps = self.steps or max(1, math.ceil(self.epochs * steps_per_epoch))
+        rate = learning_rate if self.learning_rate is None else self.learning_rate
         return dataclasses.replace(
             self,
             steps=steps,
             epochs=steps / steps_per_epoch,
             evaluation_batch_size=self.evaluation_batch_size or 2 * self.batch_size,
-            learning_rate=learning_rate if self.learning_rate is None else self.learning_rate,
+            learning_rate=rate,
+            head_learning_rate=rate if self.head_learning_rate is None else self.head_learning_rate,
             weight_decay=weight_decay if self.weight_decay is None else self.weight_decay,
             evaluate_every=self.evaluate_every or min(steps, steps_per_epoch),
             save_every=self.save_every or min(steps, steps_per_epoch),

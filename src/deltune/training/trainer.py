@@ -41,6 +41,7 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
     Args:
         tuned: the handle of the model to train.
         args: as for the Trainer.
+        head_learning_rate: peak rate of the task head; ``args.learning_rate`` if None.
         **options: further arguments of the Trainer, all but ``model`` and ``model_init``.
     """
 
@@ -49,7 +50,14 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
     lr_scheduler: Any
     control: Any
 
-    def __init__(self, tuned: Tuned, args: TrainingArguments | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        tuned: Tuned,
+        args: TrainingArguments | None = None,
+        *,
+        head_learning_rate: float | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(model=tuned.model, args=args, **options)
         if self.args.fp16 or self.args.world_size > 1:
             raise TrainingError(
@@ -58,6 +66,7 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
                 "transformers.Trainer with model=tuned.model."
             )
         self.tuned = tuned
+        self.head_learning_rate = head_learning_rate
         self.stream = RandomStream(self.args.seed)
         self.add_callback(_StreamCallback(self.stream))
         if self.compute_loss_func is None:
@@ -73,16 +82,24 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The optimizer that ``args`` names, for the trained parameters; weight decay for matrices alone."""
         if self.optimizer is None:
-            decayed: list[nn.Parameter] = []
-            others: list[nn.Parameter] = []
+            head = {
+                id(parameter)
+                for active in self.tuned.active
+                for name, parameter in self.tuned.attachments[active].parameters()
+                if name in self.tuned.attachments[active].head_names
+            }
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
             for name, parameter in self.tuned.named_trainable_parameters():
-                (others if _spared(name, parameter) else decayed).append(parameter)
-            groups = [
-                {"params": decayed, "weight_decay": self.args.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ]
+                groups.setdefault((id(parameter) in head, _spared(name, parameter)), []).append(parameter)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
-            self.optimizer = kind([group for group in groups if group["params"]], **options)
+            rates = (self.args.learning_rate, self.head_learning_rate or self.args.learning_rate)
+            self.optimizer = kind(
+                [
+                    {"params": values, "weight_decay": 0.0 if spared else self.args.weight_decay, "lr": rates[in_head]}
+                    for (in_head, spared), values in groups.items()
+                ],
+                **options,
+            )
             self._bound = self.tuned.bind(self.optimizer)
         return self.optimizer
 

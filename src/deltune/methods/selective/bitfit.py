@@ -22,14 +22,50 @@ __all__ = ["BitFit"]
 @register
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Train every bias of the model (and the head): linear maps, norms, pooler. Weights stay frozen.
+    r"""Train every bias of the model (and the head): linear maps, norms, pooler. Weights stay frozen.
 
     ``targets`` restricts it to the biases of some roles, such as the paper's smaller variant
     ``attention.query,ffn.up``. Models without biases (LLaMA) are refused, unless ``missing`` is ``add``, which
     gives each linear map of the layers a bias of zeros. Position tables that are merely named "bias" are not
     biases and never selected.
 
-    Ben Zaken et al. 2021, arXiv 2106.10199, section 3.
+    When to use:
+        Encoders such as BERT with little data, and where a task must fit into very little space. It adds nothing to
+        the model and slows nothing down. Models without biases have little to train; take LoRA there.
+
+    Cost:
+        Parameters: as many as there are biases. BERT-base: 102,912 (0.094 %); the variant of queries and ``ffn.up``:
+            46,080.
+        Memory: optimizer state of the biases. Fewer activations than LoRA keeps, because the gradient of a bias
+            needs no input.
+        Time: a forward and a backward pass without weight gradients; nothing is added.
+        Inference: none.
+
+    Terms:
+        Site: the model's biases; with ``targets`` those of some roles.
+        Form: none: the parameters themselves.
+        Combination: the trained value stands in the place of the original.
+        Control: live while active; the original values come back bit for bit.
+
+    Example:
+        >>> import deltune
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> model = BertForSequenceClassification(config)
+        >>> summary = deltune.attach(model, deltune.BitFit(targets="attention.query,ffn.up")).summary()
+        >>> summary.parameters - summary.head_parameters  # 2 layers, 32 + 64 each
+        192
+
+        $ deltune tune --model models/encoder --data data/reviews.csv --evaluation 0.1 --output runs/bitfit \
+            --method bitfit --learning-rate 1e-3
+
+    Differs from the paper:
+        The authors' code always trains the pooler's bias; here ``targets`` leave it out. Adding biases to models
+        that have none is not in the paper. The bias of keys is selected as in the paper, although it has no effect,
+        and so no gradient, unless positions are rotary.
+
+    Source:
+        Ben Zaken et al. 2021, arXiv 2106.10199, section 3; authors' code: benzakenelad/BitFit.
     """
 
     missing: str = option("refuse", "what to do where linear maps have no bias", choices=("refuse", "add"))

@@ -21,14 +21,48 @@ __all__ = ["Freeze"]
 @register
 @dataclass(frozen=True)
 class Freeze(Method):
-    """Train the last ``layers`` layers of every stack (and the head); everything below stays frozen.
+    r"""Train the last ``layers`` layers of every stack (and the head); everything below stays frozen.
 
     ``targets`` says what of these layers trains: ``layer`` for all of it, ``ffn.*`` or ``attention.*`` for some
     of its matrices, with their biases. Below the lowest trained layer no gradient is computed. With
     ``layers`` = 0 only the head trains.
 
-    Lee et al. 2019, arXiv 1911.03090. There is no official code; norms and poolers above the last layer stay
-    frozen.
+    When to use:
+        Where memory or time is short and the file may be large: it is the one method here that keeps no
+        activations below a certain layer. With ``layers=0`` it is the reference that every other method must beat:
+        a trained head on the frozen model.
+
+    Cost:
+        Parameters: all of the chosen parts. A layer of BERT-base: 7,087,872 (6.5 %); its feed-forward part:
+            4,722,432.
+        Memory: optimizer state and gradients of these layers; activations of these layers alone.
+        Time: a whole forward pass, but a backward pass through the last layers only.
+        Inference: none.
+
+    Terms:
+        Site: the last layers of each stack, or some of their parts.
+        Form: none: the parameters themselves.
+        Combination: the trained value stands in the place of the original.
+        Control: live while active; the original values come back bit for bit.
+
+    Example:
+        >>> import deltune
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> model = BertForSequenceClassification(config)
+        >>> tuned = deltune.attach(model, deltune.Freeze(layers=1))
+        >>> sorted({name.split(".")[3] for name, _ in tuned.named_trainable_parameters() if "encoder" in name})
+        ['1']
+
+        $ deltune tune --model models/encoder --data data/reviews.csv --evaluation 0.1 --output runs/freeze \
+            --method freeze --layers 2 --targets "ffn.*"
+
+    Differs from the paper:
+        There is no official code. Norms and poolers above the last layer stay frozen, and so does the head of a
+        language model. Frozen layers stay in training mode with the rest, so their dropout is active.
+
+    Source:
+        Lee et al. 2019, arXiv 1911.03090.
     """
 
     layers: int = option(2, "how many of the last layers of each stack to train", minimum=0)

@@ -1,0 +1,82 @@
+"""The lessons, each encoded once, and runs that several tests look at, each done once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltune.tasks import InstructionTuning, SequenceToSequence, TextClassification
+from tests.assets import asset
+from tests.real import texts
+from tests.real.tuning import Lesson, Outcome, logits_of, train
+
+#: The pooler's outputs are small and the head is new, so it needs a high rate of its own.
+HEAD_RATE = 0.03
+SENTIMENT_STEPS = 40
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    import datasets
+
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def sentiment() -> Lesson:
+    """Short movie reviews for the MiniLM encoder. Half of the held-out rows are positive."""
+    task = TextClassification(label_names=("negative", "positive"), max_length=32)
+    return Lesson.of(task, asset("minilm"), *texts.reviews(1700, 500))
+
+
+@pytest.fixture(scope="session")
+def person_or_number() -> Lesson:
+    """Another task with two classes for the same encoder."""
+    task = TextClassification(label_names=("number", "person"), max_length=32)
+    return Lesson.of(task, asset("minilm"), *texts.questions(1000, 200))
+
+
+@pytest.fixture(scope="session")
+def review_questions() -> Lesson:
+    """Movie reviews as instructions for MiniMind2-Small, which answers with one word."""
+    return Lesson.of(InstructionTuning(context="input"), asset("minimind2-small"), *texts.review_questions(400, 48))
+
+
+@pytest.fixture(scope="session")
+def review_words() -> Lesson:
+    """Movie reviews for Flan-T5-small, which writes one word."""
+    task = SequenceToSequence(source="input", target="output", max_target_length=8)
+    return Lesson.of(task, asset("flan-t5-small"), *texts.review_questions(400, 48))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A run on the sentiment lesson, saved at once, with its logits for the lesson's probe."""
+
+    outcome: Outcome
+    folder: Path
+    logits: Tensor
+
+
+Learned = Callable[[str], Saved]
+
+
+@pytest.fixture(scope="session")
+def learned(sentiment: Lesson, tmp_path_factory: pytest.TempPathFactory) -> Learned:
+    """Trains a method on the sentiment lesson, once per session."""
+    done: dict[str, Saved] = {}
+
+    def learn(method: str) -> Saved:
+        if method not in done:
+            outcome = train(sentiment, method, SENTIMENT_STEPS, head_learning_rate=HEAD_RATE)
+            logits = logits_of(outcome.tuned.model, sentiment.probe())
+            done[method] = Saved(outcome, outcome.tuned.save(tmp_path_factory.mktemp(method)), logits)
+        return done[method]
+
+    return learn
