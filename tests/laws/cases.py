@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,18 +84,73 @@ def excluded(method: str, architecture: Architecture) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Only:
+    """A condition on methods or architectures, with the reason why a law concerns no others."""
+
+    reason: str
+    holds: Callable[[Any], bool]
+
+    def __call__(self, subject: Any) -> bool:
+        return self.holds(subject)
+
+
+EVERY = Only("", lambda subject: True)
+MERGEABLE = Only("the law is of methods that can be merged", lambda method: method.mergeable)
+NOT_MERGEABLE = Only("the law is of methods that cannot be merged", lambda method: not method.mergeable)
+UNCHANGED = Only("the sheet does not say that the start is unchanged", lambda method: method.unchanged_at_start)
+CHANGED = Only("the sheet says that the start is unchanged", lambda method: not method.unchanged_at_start)
+GENERATES = Only("the architecture does not generate", lambda architecture: architecture.generates)
+PADS = Only("the architecture reads no padded input", lambda architecture: architecture.pads)
+
+
+def named(*names: str, because: str) -> Only:
+    """Methods or architectures by name."""
+    return Only(because, lambda subject: subject.name in names)
+
+
+class Cases(list[Any]):
+    """Parameters for pytest, and of every case of the grid that is not among them: method, architecture, reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: list[tuple[str, str, str]] = []
+
+
 def cases(
-    methods: Callable[[Any], bool] = lambda method: True,
-    architectures: Callable[[Architecture], bool] = lambda architecture: True,
-) -> Iterator[Any]:
-    """Parameters for pytest: every case whose method and architecture satisfy the conditions."""
+    methods: Only = EVERY,
+    architectures: Only = EVERY,
+    paddings: Callable[[Architecture], tuple[str, ...]] | None = None,
+) -> Cases:
+    """Parameters for pytest: every case whose method and architecture satisfy the conditions.
+
+    Args:
+        methods: which methods.
+        architectures: which architectures.
+        paddings: the paddings that an architecture is tested with; the parameters are then pairs.
+    """
+    found = Cases()
     for name, specification in METHODS.items():
-        if not methods(parse(specification)):
-            continue
         for architecture in ARCHITECTURES.values():
-            if not architectures(architecture) or excluded(name, architecture):
+            reason = excluded(name, architecture)
+            reason = reason or (None if methods(parse(specification)) else methods.reason)
+            reason = reason or (None if architectures(architecture) else architectures.reason)
+            if reason is not None:
+                found.left_out.append((name, architecture.name, reason))
                 continue
-            yield pytest.param(Case(name, architecture), id=f"{name}-{architecture.name}")
+            case = Case(name, architecture)
+            if paddings is None:
+                found.append(pytest.param(case, id=f"{name}-{architecture.name}"))
+            for padding in () if paddings is None else paddings(architecture):
+                found.append(pytest.param(case, padding, id=f"{name}-{architecture.name}-{padding}"))
+    return found
+
+
+def sides(architecture: Architecture) -> tuple[str, ...]:
+    """Where batches can be padded without changing what the bare model itself makes of them."""
+    if not architecture.pads:
+        return ()
+    return ("right", "left") if architecture.left_padding else ("right",)
 
 
 def take_steps(tuned: deltune.Tuned, case: Case, batch: dict[str, torch.Tensor], steps: int = 3) -> None:

@@ -1,18 +1,14 @@
 """Does a prefix really act, and as the paper says? Against computations that share no code with ours.
 
-The first reference puts a naive attention in the place of the modelling file's own one. It computes the gate
-form (1 - lam) Attn(q, K, V) + lam softmax(q P_k^T) P_v in float64, head by head of the keys and values. The
-second puts the prefix into an ordinary cache.
-
-Letters: B batch, H heads, K key/value heads, Q queries, T keys, P additional keys, D width of a head.
+The first reference puts a naive attention in the place of the modelling file's own one
+(:mod:`tests.laws.gate_form`). The second puts the prefix into an ordinary cache. Numbers in docstrings are the
+invariants of the fact sheet.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -24,81 +20,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import deltune
 from deltune.sites import attention as attention_site
 from tests.laws.cases import Case, take_steps
+from tests.laws.gate_form import naive_attention, prefixes_of
 from tests.zoo import ARCHITECTURES, Architecture
 
 DISPATCHING = [architecture for architecture in ARCHITECTURES.values() if architecture.dispatches]
 DECODERS = [architecture for architecture in DISPATCHING if architecture.kind == "decoder" and architecture.generates]
 TOLERANCE = 2e-5  # relative to the largest output; float32 against float64 in the attention alone
 LENGTH = 3
-
-Prefixes = dict[int, tuple[Tensor, Tensor]]
-
-
-def gated_attention(
-    prefixes: Prefixes,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The gate form in float64, one key/value head after the other."""
-    prefix_keys, prefix_values = (tensor.detach().double() for tensor in prefixes[id(module)])
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // key.shape[1]
-
-    def scores(queries: Tensor, keys: Tensor) -> Tensor:
-        raw = torch.einsum("bqd,bkd->bqk", queries, keys) * scaling
-        return raw if softcap is None else softcap * torch.tanh(raw / softcap)
-
-    heads = []
-    for head in range(query.shape[1]):
-        source = head // groups
-        queries = query[:, head].double()
-        real = scores(queries, key[:, source].double())
-        if position_bias is not None:
-            real = real + position_bias.expand(-1, query.shape[1], -1, -1)[:, head].double()
-        if mask is not None:
-            assert mask.dtype != torch.bool
-            real = real + mask.expand(-1, query.shape[1], -1, -1)[:, head].double()
-        added = scores(queries, prefix_keys[source].expand(query.shape[0], -1, -1))
-        gate = torch.sigmoid(added.logsumexp(-1) - real.logsumexp(-1))[..., None]
-        alone = real.softmax(-1) @ value[:, source].double()
-        heads.append((1 - gate) * alone + gate * (added.softmax(-1) @ prefix_values[source]))
-    return torch.stack(heads, dim=2).to(query.dtype), None
-
-
-@contextmanager
-def naive_attention(model: nn.Module, prefixes: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """``model``, built with eager attention, computes the gate form with these prefixes by module name."""
-    modules = dict(model.named_modules())
-    by_identity = {id(modules[name]): pair for name, pair in prefixes.items()}
-    called: set[int] = set()
-
-    def function(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        called.add(id(module))
-        return gated_attention(by_identity, module, *args, **kwargs)
-
-    files = {sys.modules[type(modules[name]).__module__] for name in prefixes}
-    originals = {file: vars(file)["eager_attention_forward"] for file in files}
-    try:
-        for file in files:
-            vars(file)["eager_attention_forward"] = function
-        yield
-    finally:
-        for file, original in originals.items():
-            vars(file)["eager_attention_forward"] = original
-    assert called == set(by_identity), "the reference did not reach every attention"
-
-
-def prefixes_of(tuned: deltune.Tuned) -> dict[str, tuple[Tensor, Tensor]]:
-    """What the prefix is at every attention module."""
-    attachment = tuned.attachments["default"]
-    return {site.part.module: form() for _, site, form in attachment.sites}
 
 
 def with_positions(architecture: Architecture, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -188,6 +116,7 @@ def copy_head(tuned: deltune.Tuned, reference: nn.Module) -> None:
 @implementations(DECODERS)
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_cached_generation_equals_the_gate_form(architecture: Architecture, implementation: str, padding: Any) -> None:
+    """Invariant 10."""
     case = case_of(architecture)
     tuned = attached(case, implementation)
     prompt = architecture.prompt(case.batch(padding=padding))
@@ -229,6 +158,7 @@ def test_static_cache_equals_no_cache(architecture: Architecture, padding: Any) 
 
 @implementations(DECODERS)
 def test_a_cache_filled_in_pieces_equals_one_pass(architecture: Architecture, implementation: str) -> None:
+    """Invariant 10."""
     case = case_of(architecture)
     model = attached(case, implementation).model
     ids = case.batch(length=11)["input_ids"]
@@ -295,6 +225,7 @@ def test_every_stack_of_an_encoder_decoder_has_a_prefix_that_trains(
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_only_the_encoders_prefix_reaches_the_encoders_states(name: str) -> None:
+    """Invariant 9."""
     case = Case("prefix-tuning", ARCHITECTURES[name])
     model = case.build()
     tuned = deltune.attach(model, "prefix-tuning(length=3, reparameterize=false)")
@@ -321,7 +252,7 @@ def test_only_the_encoders_prefix_reaches_the_encoders_states(name: str) -> None
 def test_an_invisible_prefix_is_the_frozen_model(
     name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its columns masked, the prefix takes no share: so all that it does is in these columns."""
+    """Invariant 8: with its columns masked, the prefix takes no share: so all that it does is in these columns."""
     case = case_of(ARCHITECTURES[name])
     tuned = case.attach(case.build(attn_implementation=implementation), train_head=False)
     batch = case.batch(padding="right")
@@ -381,7 +312,7 @@ def test_a_prefix_stays_visible_beyond_a_sliding_window(architecture: Architectu
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "gpt_neox"])
 def test_prefix_of_real_keys_and_values_equals_the_text_itself(name: str, implementation: str) -> None:
-    """Set to the frozen model's keys and values of words w, x numbered from P, the prefix is [w; x]."""
+    """Invariant 3: set to the frozen model's keys and values of words w, x numbered from P, the prefix is [w; x]."""
     case = case_of(ARCHITECTURES[name])
     model = case.build(attn_implementation=implementation)
     words, text = case.batch(batch_size=1, length=LENGTH, seed=8)["input_ids"], case.batch(length=6)["input_ids"]

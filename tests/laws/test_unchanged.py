@@ -10,7 +10,7 @@ import torch
 
 import deltune
 from deltune.methods import parse
-from tests.laws.cases import METHODS, Case, cases, take_steps
+from tests.laws.cases import CHANGED, METHODS, UNCHANGED, Case, cases, named, take_steps
 
 
 def hooks_of(model: torch.nn.Module) -> dict[str, int]:
@@ -46,7 +46,7 @@ def assert_same_picture(one: dict[str, Any], other: dict[str, Any], but: tuple[s
         assert one[kind] == other[kind], kind
 
 
-@pytest.mark.parametrize("case", cases(methods=lambda method: method.unchanged_at_start))
+@pytest.mark.parametrize("case", cases(UNCHANGED))
 def test_freshly_attached_changes_nothing(case: Case) -> None:
     model = case.build()
     batch = case.batch()
@@ -55,7 +55,7 @@ def test_freshly_attached_changes_nothing(case: Case) -> None:
     assert torch.equal(case.output(model, batch), before)
 
 
-@pytest.mark.parametrize("case", cases(methods=lambda method: method.name == "sequential-adapter"))
+@pytest.mark.parametrize("case", cases(named("sequential-adapter", because="the law is of adapters")))
 def test_adapter_of_zeros_changes_nothing(case: Case) -> None:
     model = case.build()
     batch = case.batch()
@@ -64,7 +64,7 @@ def test_adapter_of_zeros_changes_nothing(case: Case) -> None:
     assert torch.equal(case.output(model, batch), before)
 
 
-@pytest.mark.parametrize("case", cases(methods=lambda method: not method.unchanged_at_start))
+@pytest.mark.parametrize("case", cases(CHANGED))
 def test_other_methods_act_from_the_start(case: Case) -> None:
     model = case.build()
     batch = case.batch()

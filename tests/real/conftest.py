@@ -16,8 +16,8 @@ from tests.real import texts
 from tests.real.tuning import Lesson, Outcome, logits_of, train
 
 #: The pooler's outputs are small and the head is new, so it needs a high rate of its own.
-HEAD_RATE = 0.03
-SENTIMENT_STEPS = 40
+HEAD_RATE = 0.01
+SENTIMENT_STEPS = 50
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,7 +32,7 @@ def _quiet() -> None:
 def sentiment() -> Lesson:
     """Short movie reviews for the MiniLM encoder. Half of the held-out rows are positive."""
     task = TextClassification(label_names=("negative", "positive"), max_length=32)
-    return Lesson.of(task, asset("minilm"), *texts.reviews(1700, 500))
+    return Lesson.of(task, asset("minilm"), *texts.reviews(1300, 300, longest=12))
 
 
 @pytest.fixture(scope="session")
@@ -45,14 +45,14 @@ def person_or_number() -> Lesson:
 @pytest.fixture(scope="session")
 def review_questions() -> Lesson:
     """Movie reviews as instructions for MiniMind2-Small, which answers with one word."""
-    return Lesson.of(InstructionTuning(context="input"), asset("minimind2-small"), *texts.review_questions(400, 48))
+    return Lesson.of(InstructionTuning(context="input"), asset("minimind2-small"), *texts.review_questions(400, 24))
 
 
 @pytest.fixture(scope="session")
 def review_words() -> Lesson:
     """Movie reviews for Flan-T5-small, which writes one word."""
     task = SequenceToSequence(source="input", target="output", max_target_length=8)
-    return Lesson.of(task, asset("flan-t5-small"), *texts.review_questions(400, 48))
+    return Lesson.of(task, asset("flan-t5-small"), *texts.review_questions(400, 32))
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from tests.assets import asset
 from tests.real import texts
 from tests.real.tuning import Lesson, Outcome, logits_of, train
 
-METHODS = ("lora", "prefix-tuning", "sequential-adapter")
+#: Learning rate for 20 steps; that of the method where none. LoRA's own needs more of them.
+RATES = {"lora": 1e-2, "prefix-tuning": None, "sequential-adapter": None}
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=RATES)
 def writing(request: pytest.FixtureRequest, review_words: Lesson) -> Outcome:
     """Flan-T5-small, tuned to write the sentiment of a review."""
-    return train(review_words, request.param, 16, batch_size=8)
+    return train(review_words, request.param, 20, batch_size=8, learning_rate=RATES[request.param])
 
 
 def written(tuned: Tuned, lesson: Lesson, rows: int = 12, **options: object) -> list[str]:
@@ -29,8 +30,9 @@ def written(tuned: Tuned, lesson: Lesson, rows: int = 12, **options: object) -> 
 
 
 def test_the_loss_on_held_out_words_falls_far_below_the_untuned_models(writing: Outcome) -> None:
-    # <MEASURED>
-    assert writing.after["loss"] < 0.3 * writing.before["loss"]
+    # measured: lora 5.95 to 0.17, prefix-tuning 5.24 to 0.19, sequential-adapter 5.93 to 0.18
+    assert writing.before["loss"] > 4
+    assert writing.after["loss"] < 0.1 * writing.before["loss"]
 
 
 def test_it_writes_words_of_the_data_with_and_without_a_cache(writing: Outcome, review_words: Lesson) -> None:
@@ -42,15 +44,16 @@ def test_it_writes_words_of_the_data_with_and_without_a_cache(writing: Outcome, 
     )
 
 
-def test_a_merged_lora_writes_the_same(review_words: Lesson) -> None:
-    outcome = train(review_words, "lora", 16, batch_size=8)
-    before, logits = written(outcome.tuned, review_words), logits_of(outcome.tuned.model, review_words.probe())
+@pytest.mark.parametrize("writing", ["lora"], indirect=True)
+def test_a_merged_lora_writes_the_same(writing: Outcome, review_words: Lesson) -> None:
+    tuned, probe = writing.tuned, review_words.probe()
+    before, logits = written(tuned, review_words), logits_of(tuned.model, probe)
 
-    outcome.tuned.merge()
-    assert written(outcome.tuned, review_words) == before
-    torch.testing.assert_close(logits_of(outcome.tuned.model, review_words.probe()), logits, atol=1e-3, rtol=0)
-    outcome.tuned.unmerge()
-    assert torch.equal(logits_of(outcome.tuned.model, review_words.probe()), logits)
+    tuned.merge()
+    assert written(tuned, review_words) == before
+    torch.testing.assert_close(logits_of(tuned.model, probe), logits, atol=1e-3, rtol=0)  # logits of up to 30
+    tuned.unmerge()
+    assert torch.equal(logits_of(tuned.model, probe), logits)
 
 
 def test_encoder_decoder_and_cross_attention_each_have_a_prefix_that_learns(review_words: Lesson) -> None:
@@ -73,5 +76,5 @@ def test_tables_become_sentences(method: str) -> None:
 
     outcome = train(lesson, method, 40, batch_size=8)
 
-    # <MEASURED>
+    # the bar was set beforehand; the value itself is still to be measured
     assert outcome.after["loss"] < outcome.before["loss"] - 0.5

@@ -86,8 +86,8 @@ def test_deltas_on_one_model_are_switched_without_a_trace(learned: Learned, sent
 def test_one_model_serves_two_tasks(
     learned: Learned, sentiment: Lesson, person_or_number: Lesson, tmp_path: Path
 ) -> None:
-    # accuracy on 200 questions: 0.5 before, <MEASURED> after 25 steps
-    questions = train(person_or_number, "lora", 25, head_learning_rate=HEAD_RATE)
+    # accuracy on 200 questions: 0.34 with the new head, 0.94 after 25 steps
+    questions = train(person_or_number, "freeze", 25, head_learning_rate=HEAD_RATE)
     assert questions.after["accuracy"] >= 0.85
     model = sentiment.fresh_model()
     deltune.load(model, learned("freeze").folder, "sentiment")

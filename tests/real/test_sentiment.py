@@ -6,36 +6,69 @@ whose change of the encoder did nothing would come to.
 
 from __future__ import annotations
 
+import random
 import statistics
 
 import pytest
 
 from deltune.methods import get
-from tests.real.conftest import Learned
-from tests.real.tuning import Lesson
+from tests.real.conftest import HEAD_RATE, Learned
+from tests.real.tuning import Lesson, train
 
-HEAD_ALONE = "freeze(layers=0)"
-#: Accuracy on 500 held-out rows after 40 steps of 16 rows: what was measured, and what is asked for.
+HEAD_ALONE = "freeze(layers=0)"  # measured: accuracy 0.60 and 0.64 with two seeds, loss 0.666
+#: Accuracy that is asked for after 50 steps of 16 rows. Measured with seeds 0 and 1; the loss with seed 0.
 QUICKLY = {
-    "full": (0.748, 0.69),
-    "freeze": (0.758, 0.70),
-    "bitfit": (0.722, 0.67),
-    "lora": (0.668, 0.64),
-    "sequential-adapter": (0.712, 0.66),
-    "prefix-tuning": (0.752, 0.69),
+    "full": 0.70,  # 0.767; loss 0.513
+    "freeze": 0.70,  # 0.783, 0.767; loss 0.476
+    "bitfit": 0.67,  # 0.737, 0.740; loss 0.582
+    "lora": 0.63,  # 0.677, 0.747; loss 0.610
+    "sequential-adapter": 0.69,  # 0.763, 0.753; loss 0.468
+    "prefix-tuning": 0.68,  # 0.750, 0.773; loss 0.584
 }
 
 
 @pytest.mark.parametrize("method", QUICKLY)
-def test_learns_in_forty_steps_what_a_head_alone_does_not(method: str, learned: Learned, sentiment: Lesson) -> None:
+def test_learns_quickly_what_a_head_alone_does_not(method: str, learned: Learned, sentiment: Lesson) -> None:
     outcome = learned(method).outcome
-    head = learned(HEAD_ALONE).outcome
     positive = statistics.mean(sentiment.held_out["labels"])
-    majority = max(positive, 1 - positive)
+    majority = max(positive, 1 - positive)  # 0.51
 
     assert outcome.result.settings["learning_rate"] == get(method).learning_rate
-    assert outcome.after["accuracy"] >= QUICKLY[method][1]
-    assert outcome.after["accuracy"] >= majority + 0.12  # the majority has 0.52
-    assert outcome.after["accuracy"] >= outcome.before["accuracy"] + 0.06  # a new head: 0.57
-    assert outcome.after["loss"] <= head.after["loss"] - 0.01  # the head alone: 0.654, the methods 0.52 to 0.64
-    assert statistics.mean(outcome.losses[-8:]) < statistics.mean(outcome.losses[:8]) - 0.015
+    assert outcome.after["accuracy"] >= QUICKLY[method]
+    assert outcome.after["accuracy"] >= majority + 0.1
+    assert outcome.after["accuracy"] >= outcome.before["accuracy"] + 0.06  # a new head: 0.55
+    assert outcome.after["loss"] <= learned(HEAD_ALONE).outcome.after["loss"] - 0.03
+    assert statistics.mean(outcome.losses[-10:]) < statistics.mean(outcome.losses[:10]) - 0.03
+
+
+@pytest.mark.slow
+def test_a_prompt_needs_more_steps_and_then_beats_the_head_alone(sentiment: Lesson) -> None:
+    head, prompt = (
+        train(sentiment, method, 200, head_learning_rate=HEAD_RATE)
+        for method in (HEAD_ALONE, "prompt-tuning(length=10)")
+    )
+
+    # accuracy and loss: the head alone <MEASURED>
+    assert prompt.after["accuracy"] >= head.after["accuracy"] + 0.03
+    assert prompt.after["loss"] <= head.after["loss"] - 0.015
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "sequential-adapter", "full"])
+def test_with_more_steps_the_head_alone_is_left_far_behind(method: str, sentiment: Lesson) -> None:
+    outcome = train(sentiment, method, 200, head_learning_rate=HEAD_RATE)
+
+    # <MEASURED>
+    assert outcome.after["accuracy"] >= 0.74
+    assert outcome.after["loss"] <= 0.53
+
+
+@pytest.mark.slow
+def test_wrong_labels_teach_nothing(sentiment: Lesson) -> None:
+    labels = sentiment.train["labels"]
+    shuffled = random.Random(0).sample(list(labels), len(labels))
+    rows = sentiment.train.remove_columns("labels").add_column("labels", shuffled)
+
+    outcome = train(sentiment, "sequential-adapter", 50, rows=rows, head_learning_rate=HEAD_RATE)
+
+    assert outcome.after["accuracy"] <= 0.6  # 0.76 with the right ones; <MEASURED>

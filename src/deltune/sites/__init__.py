@@ -5,7 +5,7 @@ from __future__ import annotations
 from deltune.sites.attention import KeyValueForm, KeyValueSite, key_value_sites
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
 from deltune.sites.embedding import TokenForm, TokenSite, token_sites
-from deltune.sites.parameter import ParameterSite, Selection
+from deltune.sites.parameter import ParameterSite, Selection, parameter_modules
 from deltune.sites.sublayer import SublayerForm, SublayerSite, sublayer_sites
 from deltune.sites.weight import WeightForm, WeightSite, weight_sites
 
@@ -26,6 +26,7 @@ __all__ = [
     "WeightForm",
     "WeightSite",
     "key_value_sites",
+    "parameter_modules",
     "sublayer_sites",
     "token_sites",
     "weight_sites",

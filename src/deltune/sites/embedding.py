@@ -111,6 +111,11 @@ class _Entry:
         if not count:
             return None
         arguments = named_arguments(self.names, args, kwargs)
+        if getattr(arguments.get("past_key_values"), "is_compileable", False):
+            raise StateError(
+                "Prompt rows do not go into a static cache: its size and its masks are fixed before the rows are "
+                "known. Generate with the default cache, which grows."
+            )
         first = _cached(arguments) == 0
         mask = arguments.get("attention_mask")
         outside = self.tap.site.tokens.embeddings is not None

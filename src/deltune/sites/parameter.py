@@ -14,10 +14,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltune.errors import StateError
+from deltune.backbone import PROJECTION_ROLES, Anatomy, Part, Targets
+from deltune.errors import StateError, TargetError
 from deltune.sites.base import Insertion
 
-__all__ = ["ParameterSite", "Selection"]
+__all__ = ["ParameterSite", "Selection", "parameter_modules"]
+
+#: The roles that are modules of their own in every model. Sublayers are not: BERT's feed-forward sublayer has no
+#: module but its layer.
+_MODULE_ROLES = ("embeddings", *PROJECTION_ROLES, "norm", "layer", "head")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,31 @@ class ParameterSite:
     def key(self) -> str:
         """Name used in tables."""
         return self.name
+
+
+def parameter_modules(
+    model: nn.Module, anatomy: Anatomy, targets: Targets, roles: tuple[str, ...] = _MODULE_ROLES
+) -> tuple[str, ...]:
+    """Names of the modules that ``targets`` selects, to train parameters of theirs.
+
+    Raises:
+        TargetError: if a target selects nothing, a role that is no module, or some of the rows of a fused matrix.
+    """
+    selected = targets.select(anatomy, tuple(name for name, _ in model.named_modules(remove_duplicate=False)), roles)
+    chosen = {part.key for part in selected}
+    for part in selected:
+        if part.rows is not None:
+            _refuse_some_rows(part, [other for other in anatomy if other.module == part.module], chosen)
+    return tuple(dict.fromkeys(part.module for part in selected))
+
+
+def _refuse_some_rows(part: Part, sharing: list[Part], chosen: set[str]) -> None:
+    left_out = [other.role for other in sharing if other.key not in chosen]
+    if left_out:
+        raise TargetError(
+            f"{part.key} is a part of {part.module}, whose other rows are {', '.join(left_out)}: its parameters cannot "
+            "be selected alone. Select them all, or choose a method that changes rows, such as lora."
+        )
 
 
 class Selection:

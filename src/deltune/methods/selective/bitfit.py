@@ -14,9 +14,12 @@ from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
 from deltune.methods.options import option
 from deltune.methods.registry import register
-from deltune.sites import Insertion, ParameterSite
+from deltune.sites import Insertion, ParameterSite, parameter_modules
 
 __all__ = ["BitFit"]
+
+#: The roles that are modules with a bias of their own.
+_ROLES = (*PROJECTION_ROLES, "norm")
 
 
 @register
@@ -88,10 +91,11 @@ class BitFit(Method):
 
         Raises:
             MethodError: if there are none.
+            TargetError: if a target selects nothing, or some of the rows of a fused matrix.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
         head = tuple(f"{name}." for name in anatomy.head)
-        names = tuple(modules) if self.targets is None else self._targeted(anatomy, modules)
+        names = tuple(modules) if self.targets is None else parameter_modules(model, anatomy, self.targets, _ROLES)
         linear = {part.module for part in anatomy if part.role in PROJECTION_ROLES}
         found = False
         for name in dict.fromkeys(names):
@@ -110,7 +114,3 @@ class BitFit(Method):
                 f"{anatomy.family} has no biases to train. Use bitfit(missing=add) to give every linear map of its "
                 "layers a bias of zeros, or another method."
             )
-
-    def _targeted(self, anatomy: Anatomy, modules: dict[str, nn.Module]) -> tuple[str, ...]:
-        assert self.targets is not None
-        return tuple(part.module for part in self.targets.select(anatomy, tuple(modules)))

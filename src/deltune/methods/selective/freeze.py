@@ -13,7 +13,7 @@ from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
 from deltune.methods.options import option
 from deltune.methods.registry import register
-from deltune.sites import Insertion, ParameterSite
+from deltune.sites import Insertion, ParameterSite, parameter_modules
 
 __all__ = ["Freeze"]
 
@@ -83,6 +83,7 @@ class Freeze(Method):
 
         Raises:
             MethodError: if the model has fewer layers, or nothing at all would train.
+            TargetError: if a target selects nothing, a sublayer as a whole, or some of the rows of a fused matrix.
         """
         if self.layers == 0:
             if not anatomy.head:
@@ -91,9 +92,7 @@ class Freeze(Method):
         for name, stack in anatomy.stacks.items():
             if self.layers > len(stack):
                 raise MethodError(f"freeze: the {name} has {len(stack)} layers, so layers cannot be {self.layers}.")
-        modules = dict(model.named_modules(remove_duplicate=False))
         targets = self.targets if self.targets.layers else replace(self.targets, layers=(f"-{self.layers}:",))
-        for part in targets.select(anatomy, tuple(modules)):
-            module = modules[part.module]
-            for name, _ in module.named_parameters():
-                yield Placement(ParameterSite(f"{part.module}.{name}"))
+        for module in parameter_modules(model, anatomy, targets):
+            for name, _ in model.get_submodule(module).named_parameters():
+                yield Placement(ParameterSite(f"{module}.{name}"))
