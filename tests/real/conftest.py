@@ -80,3 +80,11 @@ def learned(sentiment: Lesson, tmp_path_factory: pytest.TempPathFactory) -> Lear
         return done[method]
 
     return learn
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of these are slow for now: their bars are to be measured again before they guard every commit."""
+    for item in items:
+        if "real" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
