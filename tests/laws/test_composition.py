@@ -201,6 +201,29 @@ def test_each_of_many_attachments_is_as_if_alone(method: str, name: str) -> None
     assert torch.equal(output(model, batch), bare)
 
 
+@pytest.mark.parametrize("method", ["full", "freeze(layers=1)", "bitfit(missing=add)", "sequential-adapter(width=2)"])
+def test_two_values_of_one_parameter_are_not_active_together(method: str) -> None:
+    batch = ARCHITECTURES["gpt2"].batch()
+    tuned = deltune.attach(build("gpt2"), method, name="one")
+    step(tuned, batch)
+    tuned.attach(method, name="two")
+    before = output(tuned.model, batch)
+    with pytest.raises(StateError, match="'one' and 'two' both have their own value"):
+        tuned.activate("one", "two")
+    assert tuned.active == ("two",)
+    assert torch.equal(output(tuned.model, batch), before)
+
+
+@pytest.mark.parametrize("method", ["prefix-tuning(length=2)", "prompt-tuning(length=2)", "full", "bitfit"])
+def test_what_cannot_be_scaled_says_so(method: str) -> None:
+    tuned = deltune.attach(build("gpt2"), method)
+    with pytest.raises(StateError, match="cannot be scaled"):
+        tuned.activate("default", weights=(0.5,))
+    with pytest.raises(StateError, match="1 names but 2 weights"):
+        tuned.activate("default", weights=(1.0, 1.0))
+    tuned.activate("default", weights=(1.0,))
+
+
 @settings(SETTINGS, max_examples=10)
 @given(first=st.floats(-2, 2), second=st.floats(-2, 2))
 def test_weights_scale_changes_of_weights_linearly(first: float, second: float) -> None:

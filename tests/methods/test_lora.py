@@ -277,16 +277,16 @@ def test_switching_between_modes_accumulates_nothing() -> None:
 
 
 def test_merging_into_half_precision_adds_in_float32() -> None:
-    """Rounded once, of the sum; not the change first."""
+    """A change that is kept in float32 is rounded once, with the sum; not by itself first."""
     tuned, _ = attached("bert", "lora(rank=4, targets=attention.query)", dtype=torch.bfloat16)
-    with torch.no_grad():
-        for form in forms_of(tuned).values():
-            form.B.normal_(std=0.01)
+    form = forms_of(tuned)["encoder.0.attention.query"].float()
+    nn.init.normal_(form.B)
     module = tuned.model.bert.encoder.layer[0].attention.self.query
-    form = forms_of(tuned)["encoder.0.attention.query"]
-    wide = module.weight.float() + form.weight_delta().float()
+    change = form.weight_delta().detach()
+    once, twice = ((module.weight.float() + part.float()).bfloat16() for part in (change, change.bfloat16()))
+    assert not torch.equal(once, twice)
     tuned.merge()
-    assert torch.equal(module.weight, wide.to(torch.bfloat16))
+    assert torch.equal(module.weight, once)
 
 
 def test_twice_merged_and_saved_while_merged_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def prompts(lesson: Lesson, rows: int = 6) -> dict[str, Any]:
 
 
 def answers(outcome: Outcome, lesson: Lesson, **options: Any) -> list[str]:
-    _, held_out = texts.review_questions(1, 12)
+    _, held_out = texts.review_questions(1, 8)
     found = predict(outcome.tuned, lesson.task, held_out, lesson.tokenizer, max_new_tokens=10, **options)
     return [item["text"] for item in found]
 

@@ -39,8 +39,9 @@ class Insertion(str, Enum):
 class Form(nn.Module):
     """Computes a change: ``forward`` returns dh. Subclasses know shapes, never models.
 
-    Parameters may be kept in a wider type than the model computes in; forms cast them to the type of their
-    input, so that a bfloat16 model is never computed in float32 because of its delta.
+    Methods make the parameters in the type and on the device of the weights at the site (``site.dtype``). They may be
+    kept in a wider type; forms cast them to the type of their input, so that a bfloat16 model is never computed in
+    float32 because of its delta.
     """
 
     def stored(self) -> Form | None:
