@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from deltune.tasks import InstructionTuning, SequenceToSequence, TextClassification
 from tests.assets import asset
 from tests.real import texts
-from tests.real.tuning import Lesson, Outcome, logits_of, train
+from tests.real.tuning import Lesson, Outcome, Runs
 
 #: The pooler's outputs are small and the head is new, so it needs a high rate of its own.
 HEAD_RATE = 0.01
@@ -55,36 +53,17 @@ def review_words() -> Lesson:
     return Lesson.of(task, asset("flan-t5-small"), *texts.review_questions(400, 32))
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A run on the sentiment lesson, saved at once, with its logits for the lesson's probe."""
-
-    outcome: Outcome
-    folder: Path
-    logits: Tensor
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Shared by the processes of pytest-xdist, whose folders lie in a common one."""
+    folder = tmp_path_factory.getbasetemp()
+    return Runs((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "runs")
 
 
-Learned = Callable[[str], Saved]
+Learned = Callable[[str], Outcome]
 
 
 @pytest.fixture(scope="session")
-def learned(sentiment: Lesson, tmp_path_factory: pytest.TempPathFactory) -> Learned:
-    """Trains a method on the sentiment lesson, once per session."""
-    done: dict[str, Saved] = {}
-
-    def learn(method: str) -> Saved:
-        if method not in done:
-            outcome = train(sentiment, method, SENTIMENT_STEPS, head_learning_rate=HEAD_RATE)
-            logits = logits_of(outcome.tuned.model, sentiment.probe())
-            done[method] = Saved(outcome, outcome.tuned.save(tmp_path_factory.mktemp(method)), logits)
-        return done[method]
-
-    return learn
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of these are slow for now: their bars are to be measured again before they guard every commit."""
-    for item in items:
-        if "real" in item.path.parts:
-            item.add_marker(pytest.mark.slow)
+def learned(sentiment: Lesson, runs: Runs) -> Learned:
+    """The outcome of a method on the sentiment lesson."""
+    return lambda method: runs.of(sentiment, method, SENTIMENT_STEPS, head_learning_rate=HEAD_RATE)

@@ -51,7 +51,6 @@ def test_tune_eval_and_predict(files: dict[str, Path], tmp_path: Path) -> None:
     )
 
     (tuned,) = lines(deltune(*command))
-    print(tuned["metrics"])
     assert tuned["steps"] == 50
     assert tuned["metrics"]["accuracy"] >= 0.60  # measured: 0.645, majority about 0.5
 

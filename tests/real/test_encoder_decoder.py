@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,16 +13,27 @@ from deltune.training import predict
 from deltune.tuned import Tuned
 from tests.assets import asset
 from tests.real import texts
-from tests.real.tuning import Lesson, Outcome, logits_of, train
+from tests.real.tuning import Lesson, Outcome, Runs, logits_of, train
 
 #: Learning rate for 20 steps; that of the method where none. LoRA's own needs more of them.
 RATES = {"lora": 1e-2, "prefix-tuning": None, "sequential-adapter": None}
 
 
 @pytest.fixture(scope="module", params=RATES)
-def writing(request: pytest.FixtureRequest, review_words: Lesson) -> Outcome:
-    """Flan-T5-small, tuned to write the sentiment of a review."""
-    return train(review_words, request.param, 20, batch_size=8, learning_rate=RATES[request.param])
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def outcome(method: str, review_words: Lesson, runs: Runs) -> Outcome:
+    """Of tuning Flan-T5-small to write the sentiment of a review."""
+    return runs.of(review_words, method, 16, batch_size=8, learning_rate=RATES[method])
+
+
+@pytest.fixture(scope="module")
+def writing(outcome: Outcome, review_words: Lesson) -> Tuned:
+    """A fresh Flan-T5-small with what was learned."""
+    return outcome.attached_to(review_words.fresh_model())
 
 
 def written(tuned: Tuned, lesson: Lesson, rows: int = 12, **options: object) -> list[str]:
@@ -29,25 +42,31 @@ def written(tuned: Tuned, lesson: Lesson, rows: int = 12, **options: object) -> 
     return [item["text"] for item in found]
 
 
-def test_the_loss_on_held_out_words_falls_far_below_the_untuned_models(writing: Outcome) -> None:
-    # measured: lora 5.95 to 0.17, prefix-tuning 5.24 to 0.19, sequential-adapter 5.93 to 0.18
-    assert writing.before["loss"] > 4
-    assert writing.after["loss"] < 0.1 * writing.before["loss"]
+def test_the_loss_on_held_out_words_falls_far_below_the_untuned_models(outcome: Outcome) -> None:
+    # measured: lora 5.94 to 0.08, prefix-tuning 5.26 to 0.20, sequential-adapter 5.91 to 0.08
+    assert outcome.before["loss"] > 4
+    assert outcome.after["loss"] < 0.1 * outcome.before["loss"]
 
 
-def test_it_writes_words_of_the_data_with_and_without_a_cache(writing: Outcome, review_words: Lesson) -> None:
-    cached = written(writing.tuned, review_words)
+def test_the_saved_delta_gives_a_fresh_model_the_same_bits(
+    outcome: Outcome, writing: Tuned, review_words: Lesson
+) -> None:
+    assert torch.equal(logits_of(writing.model, review_words.probe()), outcome.logits)
+
+
+def test_it_writes_words_of_the_data_with_and_without_a_cache(writing: Tuned, review_words: Lesson) -> None:
+    cached = written(writing, review_words)
     assert set(cached) <= set(texts.WORDS)
-    assert written(writing.tuned, review_words, use_cache=False) == cached
-    assert written(writing.tuned, review_words, rows=4, num_beams=3) == written(
-        writing.tuned, review_words, rows=4, num_beams=3, use_cache=False
+    assert written(writing, review_words, use_cache=False) == cached
+    assert written(writing, review_words, rows=4, num_beams=3) == written(
+        writing, review_words, rows=4, num_beams=3, use_cache=False
     )
 
 
-@pytest.mark.parametrize("writing", ["lora"], indirect=True)
-def test_a_merged_lora_writes_the_same(writing: Outcome, review_words: Lesson) -> None:
-    tuned, probe = writing.tuned, review_words.probe()
-    before, logits = written(tuned, review_words), logits_of(tuned.model, probe)
+@pytest.mark.parametrize("method", ["lora"], indirect=True)
+def test_a_merged_lora_writes_the_same(outcome: Outcome, writing: Tuned, review_words: Lesson) -> None:
+    tuned, probe, logits = writing, review_words.probe(), outcome.logits
+    before = written(tuned, review_words)
 
     tuned.merge()
     assert written(tuned, review_words) == before
@@ -70,11 +89,11 @@ def test_encoder_decoder_and_cross_attention_each_have_a_prefix_that_learns(revi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "prefix-tuning"])
-def test_tables_become_sentences(method: str) -> None:
+def test_tables_become_sentences(method: str, tmp_path: Path) -> None:
     task = SequenceToSequence(max_target_length=48)
     lesson = Lesson.of(task, asset("flan-t5-small"), *texts.restaurants(480, 40))
 
-    outcome = train(lesson, method, 40, batch_size=8)
+    outcome = train(lesson, method, 40, tmp_path, batch_size=8)
 
-    # the bar was set beforehand; the value itself is still to be measured
-    assert outcome.after["loss"] < outcome.before["loss"] - 0.5
+    # measured: lora 2.37 to 1.40, prefix-tuning 2.24 to 1.26
+    assert outcome.after["loss"] < outcome.before["loss"] - 0.7

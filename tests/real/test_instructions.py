@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,17 +10,29 @@ import torch
 
 from deltune.tasks import InstructionTuning
 from deltune.training import predict
+from deltune.tuned import Tuned
 from tests.assets import asset
 from tests.real import texts
-from tests.real.tuning import Lesson, Outcome, train
+from tests.real.tuning import Lesson, Outcome, Runs, logits_of, train
 
 METHODS = ("lora", "prefix-tuning")
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def answering(request: pytest.FixtureRequest, review_questions: Lesson) -> Outcome:
-    """MiniMind2-Small, tuned to answer questions about reviews with one word."""
-    return train(review_questions, request.param, 20, batch_size=4)
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def outcome(method: str, review_questions: Lesson, runs: Runs) -> Outcome:
+    """Of tuning MiniMind2-Small to answer questions about reviews with one word."""
+    return runs.of(review_questions, method, 16, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def answering(outcome: Outcome, review_questions: Lesson) -> Tuned:
+    """A fresh MiniMind2-Small with what was learned."""
+    return outcome.attached_to(review_questions.fresh_model())
 
 
 def prompts(lesson: Lesson, rows: int = 6) -> dict[str, Any]:
@@ -29,31 +42,35 @@ def prompts(lesson: Lesson, rows: int = 6) -> dict[str, Any]:
     return dict(lesson.task.collator(lesson.tokenizer, padding_side="left")([encoded[row] for row in range(rows)]))
 
 
-def answers(outcome: Outcome, lesson: Lesson, **options: Any) -> list[str]:
-    _, held_out = texts.review_questions(1, 8)
-    found = predict(outcome.tuned, lesson.task, held_out, lesson.tokenizer, max_new_tokens=10, **options)
+def answers(tuned: Tuned, lesson: Lesson, **options: Any) -> list[str]:
+    _, held_out = texts.review_questions(1, 12)
+    found = predict(tuned, lesson.task, held_out, lesson.tokenizer, max_new_tokens=10, **options)
     return [item["text"] for item in found]
 
 
-def test_the_loss_on_held_out_answers_falls_far_below_the_untuned_models(answering: Outcome) -> None:
-    # measured, per token: lora 3.21 to 0.21, prefix-tuning 3.07 to 0.43
-    assert answering.before["loss"] > 2.5
-    assert answering.after["loss"] < 0.25 * answering.before["loss"]
+def test_the_loss_on_held_out_answers_falls_far_below_the_untuned_models(outcome: Outcome) -> None:
+    # measured, per token: lora 3.10 to 0.15, prefix-tuning 2.95 to 0.24
+    assert outcome.before["loss"] > 2.5
+    assert outcome.after["loss"] < 0.25 * outcome.before["loss"]
 
 
-def test_answers_have_the_form_of_the_data_with_and_without_a_cache(
-    answering: Outcome, review_questions: Lesson
+def test_the_saved_delta_gives_a_fresh_model_the_same_bits(
+    outcome: Outcome, answering: Tuned, review_questions: Lesson
 ) -> None:
+    assert torch.equal(logits_of(answering.model, review_questions.probe()), outcome.logits)
+
+
+def test_answers_have_the_form_of_the_data_with_and_without_a_cache(answering: Tuned, review_questions: Lesson) -> None:
     cached = answers(answering, review_questions)
     assert set(cached) <= set(texts.WORDS)
     assert answers(answering, review_questions, use_cache=False) == cached
-    with answering.tuned.disabled():
+    with answering.disabled():
         untuned = answers(answering, review_questions)
     assert not set(untuned) & set(texts.WORDS)
 
 
-def test_generation_stops_at_the_learned_end(answering: Outcome, review_questions: Lesson) -> None:
-    model, tokenizer, batch = answering.tuned.model, review_questions.tokenizer, prompts(review_questions)
+def test_generation_stops_at_the_learned_end(answering: Tuned, review_questions: Lesson) -> None:
+    model, tokenizer, batch = answering.model, review_questions.tokenizer, prompts(review_questions)
     start = batch["input_ids"].shape[1]
 
     def generate(use_cache: bool) -> torch.Tensor:
@@ -71,10 +88,10 @@ def test_generation_stops_at_the_learned_end(answering: Outcome, review_question
 
 
 def test_prediction_stops_where_training_put_the_end_whatever_the_model_says(
-    answering: Outcome, review_questions: Lesson
+    answering: Tuned, review_questions: Lesson
 ) -> None:
     expected = answers(answering, review_questions)
-    settings = answering.tuned.model.generation_config
+    settings = answering.model.generation_config
     end = settings.eos_token_id
     settings.eos_token_id = review_questions.tokenizer.pad_token_id  # as in base models with a chat tokenizer
     try:
@@ -83,38 +100,41 @@ def test_prediction_stops_where_training_put_the_end_whatever_the_model_says(
         settings.eos_token_id = end
 
 
-def test_a_prompt_alone_teaches_the_form(review_questions: Lesson) -> None:
+def test_a_prompt_alone_teaches_the_form(review_questions: Lesson, tmp_path: Path) -> None:
     """In a classifier the new head could learn without the prompt; here nothing but the prompt trains."""
-    outcome = train(review_questions, "prompt-tuning", 20, batch_size=4)
+    outcome = train(review_questions, "prompt-tuning", 20, tmp_path, batch_size=4)
+    tuned = outcome.attached_to(review_questions.fresh_model())
 
-    assert outcome.tuned.summary().parameters == 20 * 512
-    assert outcome.after["loss"] < 0.35 * outcome.before["loss"]  # measured: 4.31 to 0.30
-    assert answers(outcome, review_questions, use_cache=False) == answers(outcome, review_questions)
+    assert tuned.summary().parameters == 20 * 512
+    assert outcome.after["loss"] < 0.35 * outcome.before["loss"]  # measured: 4.27 to 0.33
+    assert answers(tuned, review_questions, use_cache=False) == answers(tuned, review_questions)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_real_instructions_are_learned(method: str) -> None:
+def test_real_instructions_are_learned(method: str, tmp_path: Path) -> None:
     """The model has seen many instructions already, so there is less to gain than from a form of its own."""
     task = InstructionTuning(context="input")
     lesson = Lesson.of(task, asset("minimind2-small"), *texts.instructions(400, 60))
 
-    outcome = train(lesson, method, 60, batch_size=8)
+    outcome = train(lesson, method, 60, tmp_path, batch_size=8)
 
-    # the bar was set beforehand; the value itself is still to be measured
+    # measured: lora 2.47 to 2.32, prefix-tuning 2.47 to 2.33
     assert outcome.after["loss"] < outcome.before["loss"] - 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_smollm2_learns_to_answer_with_one_word(method: str) -> None:
+def test_smollm2_learns_to_answer_with_one_word(method: str, tmp_path: Path) -> None:
     task = InstructionTuning(context="input")
     lesson = Lesson.of(task, asset("smollm2-135m"), *texts.review_questions(400, 24))
 
-    outcome = train(lesson, method, 16, batch_size=4)
+    outcome = train(lesson, method, 16, tmp_path, batch_size=4)
 
-    # the bar was set beforehand; the value itself is still to be measured
+    # measured: lora 3.99 to 0.20, prefix-tuning 3.57 to 0.27
     assert outcome.after["loss"] < 0.3 * outcome.before["loss"]
-    cached = answers(outcome, lesson)
+    tuned = outcome.attached_to(lesson.fresh_model())
+    assert torch.equal(logits_of(tuned.model, lesson.probe()), outcome.logits)
+    cached = answers(tuned, lesson)
     assert set(cached) <= set(texts.WORDS)
-    assert answers(outcome, lesson, use_cache=False) == cached
+    assert answers(tuned, lesson, use_cache=False) == cached

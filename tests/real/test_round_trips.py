@@ -37,7 +37,7 @@ def test_a_fresh_model_with_the_loaded_delta_gives_the_same_bits(
     other = sentiment.fresh_model(seed=5)  # another new head, which the stored one must replace
     assert not torch.equal(logits_of(other, sentiment.probe()), saved.logits)
 
-    deltune.load(other, saved.folder)
+    saved.attached_to(other)
 
     assert torch.equal(logits_of(other, sentiment.probe()), saved.logits)
 
@@ -86,18 +86,18 @@ def test_deltas_on_one_model_are_switched_without_a_trace(learned: Learned, sent
 def test_one_model_serves_two_tasks(
     learned: Learned, sentiment: Lesson, person_or_number: Lesson, tmp_path: Path
 ) -> None:
-    # accuracy on 200 questions: 0.34 with the new head, 0.94 after 25 steps
-    questions = train(person_or_number, "freeze", 25, head_learning_rate=HEAD_RATE)
-    assert questions.after["accuracy"] >= 0.85
+    # accuracy on 200 questions: 0.34 with the new head, 0.89 after 25 steps
+    questions = train(person_or_number, "freeze", 25, tmp_path, head_learning_rate=HEAD_RATE)
+    assert questions.after["accuracy"] >= 0.8
     model = sentiment.fresh_model()
     deltune.load(model, learned("freeze").folder, "sentiment")
-    tuned = deltune.load(model, questions.tuned.save(tmp_path), "questions")
+    tuned = deltune.load(model, tmp_path, "questions")
 
     def accuracy(lesson: Lesson) -> float:
         return evaluate(tuned, lesson.task, lesson.held_out, lesson.tokenizer)["accuracy"]
 
     tuned.activate("sentiment")
-    assert accuracy(sentiment) == learned("freeze").outcome.after["accuracy"]
+    assert accuracy(sentiment) == learned("freeze").after["accuracy"]
     assert accuracy(person_or_number) < 0.75
     tuned.activate("questions")
     assert accuracy(person_or_number) == questions.after["accuracy"]

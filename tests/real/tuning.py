@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from torch import Tensor
 
 import deltune
 from deltune.tasks import Task
-from deltune.training import FitResult, TrainingSettings, evaluate
+from deltune.training import TrainingSettings, evaluate
 from deltune.tuned import Tuned
 
 
@@ -52,23 +53,33 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a short run came to: metrics on held-out rows before and after."""
+    """What a short run came to.
 
-    tuned: Tuned
+    Attributes:
+        before: metrics on the held-out rows, freshly attached.
+        after: the same after training.
+        losses: the training loss as it went.
+        learning_rate: that of the run.
+        folder: the saved delta.
+        logits: of the tuned model, for the lesson's probe.
+    """
+
     before: dict[str, float]
     after: dict[str, float]
-    result: FitResult
+    losses: list[float]
+    learning_rate: float
+    folder: Path
+    logits: Tensor
 
-    @property
-    def losses(self) -> list[float]:
-        """The training loss as it went."""
-        return [entry["loss"] for entry in self.result.history if "loss" in entry]
+    def attached_to(self, model: Any) -> Tuned:
+        """A model with the saved delta."""
+        return deltune.load(model, self.folder)
 
 
 def train(
-    lesson: Lesson, method: deltune.tuned.Method | str, steps: int, *, rows: Dataset | None = None, **settings: Any
+    lesson: Lesson, method: str, steps: int, folder: Path, *, rows: Dataset | None = None, **settings: Any
 ) -> Outcome:
-    """Attach a method to a fresh model and train it for a few steps, with the method's own learning rate."""
+    """Attach a method to a fresh model, train it for a few steps with its own learning rate, and save it."""
     with seeded(0):
         tuned = deltune.attach(lesson.fresh_model(), method)
     before = evaluate(tuned, lesson.task, lesson.held_out, lesson.tokenizer)
@@ -81,9 +92,39 @@ def train(
         settings=TrainingSettings(steps=steps, **settings),
     )
     after = evaluate(tuned, lesson.task, lesson.held_out, lesson.tokenizer)
-    tuned.model.eval()
-    _report(lesson, method, result, before, after)
-    return Outcome(tuned, before, after, result)
+    outcome = Outcome(
+        before,
+        after,
+        [entry["loss"] for entry in result.history if "loss" in entry],
+        result.settings["learning_rate"],
+        tuned.save(folder),
+        logits_of(tuned.model.eval(), lesson.probe()),
+    )
+    _report(lesson, method, steps, outcome, result.seconds)
+    return outcome
+
+
+class Runs:
+    """Does each run once, whichever of several test processes asks for it first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[str, Outcome] = {}
+
+    def of(self, lesson: Lesson, method: str, steps: int, **settings: Any) -> Outcome:
+        """As :func:`train`."""
+        words = [lesson.model.name, lesson.task.name, *map(str, lesson.task.columns()), method, str(steps)]
+        key = "-".join(word for word in words if word)
+        if key in self._known:
+            return self._known[key]
+        folder = self._folder / key
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "outcome.pt"
+        with FileLock(folder / "lock"):
+            if not file.exists():
+                torch.save(vars(train(lesson, method, steps, folder / "delta", **settings)), file)
+        self._known[key] = Outcome(**torch.load(file, weights_only=False))
+        return self._known[key]
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -99,16 +140,16 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _report(lesson: Lesson, method: Any, result: FitResult, before: dict[str, float], after: dict[str, float]) -> None:
-    """Figures for whoever runs pytest with -s: the assertions below were made from them."""
+def _report(lesson: Lesson, method: str, steps: int, outcome: Outcome, seconds: float) -> None:
+    """Figures for whoever runs pytest with -s: the bounds in the tests were set by them."""
     names = ("accuracy", "loss")
     line = {
         "model": lesson.model.name,
-        "method": str(method),
-        "steps": result.steps,
-        "learning_rate": result.settings["learning_rate"],
-        "before": {name: round(before[name], 3) for name in names if name in before},
-        "after": {name: round(after[name], 3) for name in names if name in after},
-        "seconds": round(result.seconds, 1),
+        "method": method,
+        "steps": steps,
+        "learning_rate": outcome.learning_rate,
+        "before": {name: round(outcome.before[name], 3) for name in names if name in outcome.before},
+        "after": {name: round(outcome.after[name], 3) for name in names if name in outcome.after},
+        "seconds": round(seconds, 1),
     }
     print(json.dumps(line))
