@@ -109,9 +109,13 @@ class Attachment:
             parameter.requires_grad_(trainable)
 
     def register(self, modules: Mapping[str, nn.Module]) -> None:
-        """Make the forms submodules of their layers, so that they move, and are counted, with the model."""
+        """Make the forms submodules of their layers, so that they move, and are counted, with the model.
+
+        Where the model was moved while they were off it, they follow.
+        """
         for placed in self.placed.values():
             owner = modules[placed.owner]
+            _follow(placed.form, owner if placed.site is None else modules[placed.site.part.module])
             if BANK not in owner._modules:
                 owner.add_module(BANK, Bank())
             bank: nn.Module = owner.get_submodule(BANK)
@@ -165,6 +169,13 @@ def _owner(site: Site, anatomy: Anatomy, model: nn.Module) -> str:
                 # a child of a container that calls its children would be called too
                 return "" if isinstance(container, nn.Sequential | nn.ModuleList) else layer
     return ""
+
+
+def _follow(form: Form, module: nn.Module) -> None:
+    """Move ``form`` to the device of ``module``."""
+    place = next((value.device for value in module.parameters()), None)
+    if place is not None and any(value.device != place for value in form.parameters()):
+        form.to(place)
 
 
 def _head_parameters(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:

@@ -161,6 +161,24 @@ def test_everything_moves_to_another_device(method: str) -> None:
     assert torch.equal(case.output(tuned.model, batch), output)
 
 
+@pytest.mark.parametrize("method", ["lora", "prefix-tuning", "prompt-tuning"])
+def test_forms_that_are_off_follow_a_model_that_moves(method: str) -> None:
+    """The meta device stands for another one, which few machines have; not for methods that select as well."""
+    case = Case(method, ARCHITECTURES["bert"])
+    tuned = case.attach(case.build(), train_head=False)
+    with tuned.disabled():
+        tuned.model.to("meta")
+    assert {value.device.type for value in tuned.trainable_parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_without_values_is_planned(method: str) -> None:
+    """On the meta device a model of any size is counted without its memory."""
+    case = Case(method, ARCHITECTURES["llama-gqa"])
+    tuned = case.attach(case.build().to("meta"))
+    assert tuned.summary().parameters == case.attach(case.build()).summary().parameters
+
+
 # -- gradient checkpointing ----------------------------------------------------------------------------------
 
 

@@ -63,6 +63,16 @@ def test_matrices_that_are_called_bias_are_none() -> None:
         assert not any("relative" in key or "rel_" in key for key, _ in tuned.named_trainable_parameters())
 
 
+def test_a_target_without_biases_is_refused_although_others_have_some() -> None:
+    with pytest.raises(MethodError, match=r"ffn\.up has no bias in this qwen2.*missing=add"):
+        attached("qwen2", SUBSET)
+    tuned, _ = attached("qwen2", "bitfit(targets=attention.query,ffn.up,missing=add)")
+    assert {key.split(".")[-2] for key, _ in tuned.named_trainable_parameters()} == {"q_proj", "up_proj"}
+    # a glob need not find some everywhere
+    tuned, _ = attached("qwen2", "bitfit(targets=attention.*)")
+    assert {key.split(".")[-2] for key, _ in tuned.named_trainable_parameters()} == {"q_proj", "k_proj", "v_proj"}
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "qwen2"])
 def test_5_step_0_is_exactly_the_frozen_model(name: str) -> None:
     tuned, batch = attached(name, "bitfit")

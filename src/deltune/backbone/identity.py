@@ -21,14 +21,14 @@ _TOLERANCE = 1e-2
 def describe_base_model(model: nn.Module) -> dict[str, Any]:
     """Kind, size and a sample of weights of the pretrained model below the head.
 
-    Quantised weights are left out of the sample.
+    Quantised weights are left out of the sample, as are those without values (on the meta device).
     """
     base = getattr(model, "base_model", model)
     config = getattr(model, "config", None)
     named = [
         (name, parameter)
         for name, parameter in base.named_parameters()
-        if parameter.dtype.is_floating_point and parameter.dim() >= 2
+        if parameter.dtype.is_floating_point and parameter.dim() >= 2 and not parameter.is_meta
     ]
     step = max(1, len(named) // _TENSORS)
     sample: dict[str, list[float]] = {}

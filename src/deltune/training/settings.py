@@ -60,7 +60,9 @@ class TrainingSettings:
     max_gradient_norm: float = _setting(
         1.0, "longer gradients are scaled down to this norm; 0 leaves them alone", minimum=0
     )
-    seed: int = _setting(0, "seed of data order, dropout and new parameters", minimum=0, maximum=2**32 - 1)
+    seed: int = _setting(
+        0, "seed of data order and dropout; on the command line of new parameters too", minimum=0, maximum=2**32 - 1
+    )
     precision: str = _setting(
         "float32",
         "arithmetic of the forward pass; parameters keep their own type",

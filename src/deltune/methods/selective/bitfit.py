@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import nn
@@ -90,10 +90,11 @@ class BitFit(Method):
         """The selected biases.
 
         Raises:
-            MethodError: if there are none.
+            MethodError: if there are none at all, or none at one of the targets.
             TargetError: if a target selects nothing, or some of the rows of a fused matrix.
         """
         modules = dict(model.named_modules(remove_duplicate=False))
+        self._refuse_targets_without_bias(modules, anatomy)
         head = tuple(f"{name}." for name in anatomy.head)
         names = tuple(modules) if self.targets is None else parameter_modules(model, anatomy, self.targets, _ROLES)
         linear = {part.module for part in anatomy if part.role in PROJECTION_ROLES}
@@ -114,3 +115,15 @@ class BitFit(Method):
                 f"{anatomy.family} has no biases to train. Use bitfit(missing=add) to give every linear map of its "
                 "layers a bias of zeros, or another method."
             )
+
+    def _refuse_targets_without_bias(self, modules: dict[str, nn.Module], anatomy: Anatomy) -> None:
+        """Each target must give something to train: Qwen2's queries have a bias, its ``ffn.up`` has none."""
+        if self.targets is None or self.missing == "add":
+            return
+        for name in self.targets.names:
+            parts = replace(self.targets, names=(name,)).select(anatomy, tuple(modules), _ROLES)
+            if all(modules[part.module]._parameters.get("bias") is None for part in parts):
+                raise MethodError(
+                    f"{name} has no bias in this {anatomy.family}. Leave it out of the targets, or use "
+                    "bitfit(missing=add) to give linear maps a bias of zeros."
+                )
