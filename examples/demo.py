@@ -16,9 +16,9 @@ OPTIONS = [
     # the costly ones first, so that both processes end at about the same time
     "--methods", "prompt-tuning(length=10),full,prefix-tuning,sequential-adapter,lora,bitfit,freeze",
     "--seeds", "0,1",
-    "--steps", "190",
+    "--steps", "180",
     "--batch-size", "16",
-    "--train-size", "3040",
+    "--train-size", "2880",
     "--evaluation-size", "1000",
     "--split-seed", "1",
     "--max-length", "48",
