@@ -32,7 +32,7 @@ def train(chosen: argparse.Namespace) -> list[float]:
     rows = task.encode(data, tokenizer)
     batches = DataLoader(rows, chosen.batch_size, collate_fn=task.collator(tokenizer))
     optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=chosen.learning_rate, weight_decay=0.0)
-    tuned.bind(optimizer)  # before prepare, which wraps the optimizer
+    tuned.bind(optimizer, chosen.steps)  # before prepare, which wraps the optimizer
     accelerator = Accelerator()
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
     losses: list[float] = []

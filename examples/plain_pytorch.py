@@ -32,7 +32,7 @@ def train(chosen: argparse.Namespace) -> list[float]:
     rows = task.encode(data, tokenizer)
     batches = DataLoader(rows, chosen.batch_size, collate_fn=task.collator(tokenizer))
     optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=chosen.learning_rate, weight_decay=0.0)
-    tuned.bind(optimizer)  # schedules of methods that have one follow the optimizer
+    tuned.bind(optimizer, chosen.steps)  # schedules of methods that have one follow the optimizer
     losses: list[float] = []
     model.train()
     while len(losses) < chosen.steps:

@@ -48,7 +48,7 @@ def train(chosen: argparse.Namespace) -> list[float]:
         rows = task.encode(data, tokenizer)
         trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=task.collator(tokenizer))
         trainer.create_optimizer()
-        tuned.bind(trainer.optimizer)  # schedules of methods that have one follow the optimizer
+        tuned.bind(trainer.optimizer, chosen.steps)  # schedules of methods that have one follow the optimizer
         trainer.train()
 
     tuned.save(chosen.output)

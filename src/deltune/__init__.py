@@ -11,16 +11,29 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
+    "NF4": "deltune.quantization",
     "Targets": "deltune.backbone",
     "Tuned": "deltune.tuned",
     "anatomy_of": "deltune.backbone",
     "attach": "deltune.tuned",
     "fit": "deltune.training",
     "load": "deltune.loading",
+    "quantize": "deltune.quantization",
     "register": "deltune.methods",
 }
 
-__all__ = ["Targets", "Tuned", "__version__", "anatomy_of", "attach", "fit", "load", "register"]
+__all__ = [
+    "NF4",
+    "Targets",
+    "Tuned",
+    "__version__",
+    "anatomy_of",
+    "attach",
+    "fit",
+    "load",
+    "quantize",
+    "register",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,11 +111,12 @@ class Attachment:
     def register(self, modules: Mapping[str, nn.Module]) -> None:
         """Make the forms submodules of their layers, so that they move, and are counted, with the model.
 
-        Where the model was moved while they were off it, they follow.
+        Where the model was moved while they were off it, or its mode was changed, they follow.
         """
         for placed in self.placed.values():
             owner = modules[placed.owner]
             _follow(placed.form, owner if placed.site is None else modules[placed.site.part.module])
+            placed.form.train(owner.training)
             if BANK not in owner._modules:
                 owner.add_module(BANK, Bank())
             bank: nn.Module = owner.get_submodule(BANK)

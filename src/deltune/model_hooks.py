@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,14 @@ from deltune.backbone import Anatomy
 from deltune.errors import StateError
 from deltune.sites import Control
 
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
 __all__ = [
     "BareStateHook",
     "InputGradientHook",
     "PenaltyHook",
-    "StepHook",
+    "StepHooks",
     "added_keys",
     "lowest_trained_layers",
     "refuse_to_resize",
@@ -31,19 +34,41 @@ def total_penalty(control: Control, attachments: Mapping[str, Attachment]) -> Te
     return sum(penalties[1:], penalties[0]) if penalties else None
 
 
-class StepHook:
-    """After each optimizer step: the live methods' schedules."""
+class StepHooks:
+    """Around each optimizer step: the live methods' schedules."""
 
     def __init__(self, control: Control, attachments: Mapping[str, Attachment]) -> None:
         self.control = control
         self.attachments = attachments
+        self._handles: list[RemovableHandle] = []
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Let every live method follow."""
-        for name in self.control.live:
-            attachment = self.attachments[name]
+    def bind(self, optimizer: torch.optim.Optimizer, steps: int | None) -> StepHooks:
+        """Follow ``optimizer`` from now on, for so many steps."""
+        for attachment in self._live():
+            attachment.method.begin(attachment.forms, steps)
+        self._handles.append(optimizer.register_step_pre_hook(self.before))
+        self._handles.append(optimizer.register_step_post_hook(self.after))
+        return self
+
+    def remove(self) -> None:
+        """Follow no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """What every live method does before a step."""
+        for attachment in self._live():
+            attachment.method.before_step(attachment.forms, attachment.steps + 1, optimizer)
+
+    def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """What every live method does after a step."""
+        for attachment in self._live():
             attachment.steps += 1
-            attachment.method.after_step(attachment.forms, attachment.steps)
+            attachment.method.after_step(attachment.forms, attachment.steps, optimizer)
+
+    def _live(self) -> list[Attachment]:
+        return [self.attachments[name] for name in self.control.live]
 
 
 class PenaltyHook:

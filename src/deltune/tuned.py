@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +16,11 @@ from deltune.backbone import Anatomy, anatomy_of, describe_base_model
 from deltune.checkpoints import write
 from deltune.errors import MethodError, StateError, suggestion
 from deltune.folding import Folded, fold
+from deltune.installation import Installation
 from deltune.methods import Method, parse
-from deltune.model_hooks import (
-    BareStateHook,
-    InputGradientHook,
-    PenaltyHook,
-    StepHook,
-    added_keys,
-    lowest_trained_layers,
-    refuse_to_resize,
-    total_penalty,
-)
+from deltune.model_hooks import StepHooks, refuse_to_resize, total_penalty
 from deltune.sites import Control, Tap
 from deltune.summary import Summary
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 __all__ = ["HANDLE", "Tuned", "attach"]
 
@@ -98,10 +87,10 @@ class Tuned:
         self._taps: dict[str, Tap] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._frozen: list[tuple[nn.Parameter, bool]] | None = None
-        self._installed = False
-        self._handles: list[RemovableHandle] = []
         self._merged: tuple[Folded, dict[str, float]] | None = None
-        self._ignored_on_save: set[str] | None = None
+        self._installation = Installation(
+            model, self.anatomy, self.control, self.attachments, self._taps, self._modules
+        )
 
     # -- attaching and switching -----------------------------------------------------------------------------
 
@@ -144,8 +133,6 @@ class Tuned:
         for _, site, form in attachment.sites:
             tap = self._taps.setdefault(site.identity, site.tap(self.control))
             tap.forms.setdefault(name, []).append(form)
-        for placed in attachment.placed.values():
-            placed.form.train(self.model.training)
         self._set_live({name: 1.0})
         return self
 
@@ -184,6 +171,39 @@ class Tuned:
             yield
         finally:
             self._set_live(live)
+
+    def set_rank(self, rank: int, name: str | None = None) -> None:
+        """Cut an attachment to a rank, where the method trained all smaller ranks too (:class:`deltune.DyLoRA`).
+
+        Evaluation, merging and saving use that rank from then on; nothing is lost, so that another one, also a larger
+        one, can be chosen later. Training and its checkpoints do not depend on it.
+
+        Args:
+            rank: from 1 to the rank that was trained.
+            name: which attachment; by default the live one.
+
+        Raises:
+            StateError: if merged, or if several are live and none is named.
+            MethodError: if the method does not train smaller ranks, or the rank is out of range.
+        """
+        self._refuse_while_merged("set the rank")
+        if name is None and len(self.active) != 1:
+            raise StateError(f"Say which attachment to cut: name= one of {', '.join(self.attachments)}.")
+        attachment = self._attachment(name or self.active[0])
+        forms: list[Any] = [form for form in attachment.forms.values() if hasattr(form, "set_rank")]
+        if not forms:
+            raise MethodError(
+                f"{attachment.method.name} cannot be cut to a rank: it does not train smaller ranks along with its "
+                "own. Use dylora, or attach with the rank that you want."
+            )
+        largest = min(form.rank for form in forms)
+        if not isinstance(rank, int) or not 1 <= rank <= largest:
+            raise MethodError(
+                f"{attachment.name!r} can be cut to the ranks 1 to {largest}, not to {rank!r}. A larger rank must be "
+                "trained."
+            )
+        for form in forms:
+            form.set_rank(rank)
 
     def detach(self, name: str | None = None) -> nn.Module:
         """Remove one attachment, or all; without any left the model is bit-identical to what it was.
@@ -238,13 +258,20 @@ class Tuned:
         """
         return total_penalty(self.control, self.attachments)
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    def bind(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> StepHooks:
         """Let the schedules of the attached methods follow ``optimizer.step()`` by themselves.
+
+        Args:
+            optimizer: of any training loop.
+            steps: number of steps that training will have, which some schedules need to know.
 
         Returns:
             A handle whose ``remove()`` ends it.
+
+        Raises:
+            MethodError: if a schedule does not fit into so many steps.
         """
-        return optimizer.register_step_post_hook(StepHook(self.control, self.attachments))
+        return StepHooks(self.control, self.attachments).bind(optimizer, steps)
 
     # -- merging ---------------------------------------------------------------------------------------------
 
@@ -371,7 +398,7 @@ class Tuned:
             attachment = self.attachments[name]
             attachment.trainable(False)
             attachment.selection.swap_out()
-        self._uninstall()
+        self._installation.take_off()
         self.control.live.clear()
         self.control.live.update(live)
         for name in live:
@@ -379,40 +406,7 @@ class Tuned:
             attachment.selection.swap_in()
             attachment.trainable(True)
         if live:
-            self._install()
-
-    def _install(self) -> None:
-        for attachment in self.attachments.values():
-            attachment.register(self._modules)
-        for tap in self._taps.values():
-            tap.install(self._modules)
-        if total_penalty(self.control, self.attachments) is not None:
-            self._handles.append(self.model.register_forward_hook(PenaltyHook(self.control, self.attachments)))
-        for layer in lowest_trained_layers(self.model, self.anatomy):
-            self._handles.append(layer.register_forward_pre_hook(InputGradientHook()))
-        register: Any = self.model.register_load_state_dict_post_hook
-        self._handles.append(register(BareStateHook(self.attachments)))
-        ignored = getattr(self.model, "_keys_to_ignore_on_save", None)
-        if ignored is not None:
-            self._ignored_on_save = ignored
-            keys = added_keys(self.model, self.attachments)
-            self.model._keys_to_ignore_on_save = set(ignored) | keys  # type: ignore[assignment]
-        self._installed = True
-
-    def _uninstall(self) -> None:
-        if not self._installed:
-            return
-        for tap in self._taps.values():
-            tap.uninstall()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for attachment in self.attachments.values():
-            attachment.unregister(self._modules)
-        if self._ignored_on_save is not None:
-            self.model._keys_to_ignore_on_save = self._ignored_on_save  # type: ignore[assignment]
-            self._ignored_on_save = None
-        self._installed = False
+            self._installation.put_on()
 
     def _release(self) -> None:
         """Make the model forget this handle."""

@@ -36,5 +36,5 @@ def test_languages_are_those_that_are_checked() -> None:
 def test_blocks_that_are_not_run_still_compile() -> None:
     for page in PAGES:
         for block in blocks(page):
-            if block.not_run:
+            if block.not_run and block.language == "python":
                 compile(block.text, str(page), "exec")

@@ -86,7 +86,7 @@ def test_a_strict_load_names_what_does_not_fit(method: str, tmp_path: Path) -> N
 
 AVERAGED = Only(
     "its change cannot be scaled, so it has no average",
-    lambda method: method.insertion.value in ("weight", "sequential"),
+    lambda method: method.insertion.value in ("weight", "parallel", "sequential"),
 )
 
 
@@ -190,8 +190,8 @@ def test_parameter_counts_are_those_of_the_formula(case: Case) -> None:
         stack = next(stack for stack in anatomy.stacks.values() if stack.tokens is not None)
         assert stack.tokens is not None
         assert count == 3 * stack.tokens.width
-    else:
+    else:  # the formulas of the others are in their own tests
         selected = [value for name, value in tuned.named_trainable_parameters()]
         assert count == sum(value.numel() for value in selected)
-        assert all(value.dim() == 1 for value in selected)
+        assert case.method != "bitfit" or all(value.dim() == 1 for value in selected)
     assert unique

@@ -8,9 +8,21 @@ import torch
 from torch import Tensor
 
 import deltune
+from deltune.backbone import Part
+from deltune.sites import WeightSite
 from tests.zoo import ARCHITECTURES
 
-__all__ = ["attached", "bits", "build", "loss_of", "output", "relative_error", "singular_values", "train"]
+__all__ = [
+    "attached",
+    "bits",
+    "build",
+    "loss_of",
+    "matrix_site",
+    "output",
+    "relative_error",
+    "singular_values",
+    "train",
+]
 
 
 def build(name: str, head: str | None = None, **options: Any) -> Any:
@@ -67,3 +79,9 @@ def relative_error(one: Tensor, other: Tensor) -> float:
 
 def singular_values(matrix: Tensor) -> Tensor:
     return torch.linalg.svdvals(matrix.double())
+
+
+def matrix_site(in_features: int, out_features: int, **options: Any) -> WeightSite:
+    """The site of a linear map that belongs to no model."""
+    part = Part("module", "", None, "matrix")
+    return WeightSite(part, in_features, out_features, False, torch.float32, torch.device("cpu"), **options)

@@ -18,8 +18,18 @@ from torch import Tensor, nn
 
 import deltune
 from deltune.errors import MethodError, StateError, TargetError
-from deltune.methods.reparameterized.lora import LowRank
-from tests.methods.common import attached, bits, build, loss_of, output, relative_error, singular_values, train
+from deltune.methods.reparameterized.low_rank import LowRank
+from tests.methods.common import (
+    attached,
+    bits,
+    build,
+    loss_of,
+    matrix_site,
+    output,
+    relative_error,
+    singular_values,
+    train,
+)
 from tests.methods.sizes import BERT_BASE, LLAMA, ROBERTA_BASE
 from tests.zoo import ARCHITECTURES
 
@@ -87,10 +97,10 @@ def test_5_at_step_0_only_b_has_a_gradient(name: str) -> None:
 
 
 def test_6_the_scale_is_alpha_over_rank() -> None:
-    assert deltune.LoRA(rank=4, alpha=32).scale == 8
+    assert deltune.LoRA(rank=4, alpha=32).scale(4) == 8
     x = torch.randn(3, 6)
     plain, doubled, stable = (
-        LowRank(6, 5, 4, deltune.LoRA(rank=4, **options).scale)
+        LowRank(matrix_site(6, 5), 4, deltune.LoRA(rank=4, **options).scale(4))
         for options in ({"alpha": 3}, {"alpha": 6}, {"alpha": 3, "rank_stabilized": True})
     )
     nn.init.normal_(plain.B)
@@ -181,7 +191,7 @@ def test_8_interleaved_rows_are_those_of_their_heads() -> None:
 
 
 def test_9_dropout_touches_the_branchs_input_alone_and_only_in_training() -> None:
-    form = LowRank(6, 5, 2, 1.5, dropout=0.5)
+    form = LowRank(matrix_site(6, 5), 2, 1.5, dropout=0.5)
     nn.init.normal_(form.B)
     x, base = torch.randn(40, 6), torch.randn(40, 5)
     exact = x @ form.weight_delta().T
@@ -231,7 +241,7 @@ def test_10_published_counts() -> None:
 
 def test_initial_values_are_uniform_by_the_width_of_the_input() -> None:
     """Not by that of the output, which would be another scale."""
-    form = LowRank(400, 25, 16, 1.0)
+    form = LowRank(matrix_site(400, 25), 16, 1.0)
     assert not form.B.any()
     assert form.A.abs().max() <= 1 / math.sqrt(400)
     assert form.A.abs().max() > 0.98 / math.sqrt(400)

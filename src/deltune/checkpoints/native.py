@@ -57,7 +57,7 @@ def _description(attachment: Attachment, base_model: Mapping[str, Any]) -> dict[
     return {
         "format": _FORMAT,
         "name": attachment.name,
-        "method": attachment.method.stored().to_dict(),
+        "method": attachment.method.stored(attachment.forms).to_dict(),
         "base_model": dict(base_model),
         "head": list(attachment.head_names),
         "task": attachment.task,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
 from deltune.backbone import Anatomy, Targets
@@ -96,8 +97,12 @@ class Method(ABC):
             MethodError: if a hyperparameter does not fit this model.
         """
 
-    def stored(self) -> Method:
-        """The method under which its stored forms are written; see :meth:`Form.stored`."""
+    def stored(self, forms: Mapping[str, Form]) -> Method:
+        """The method under which its stored forms are written, see :meth:`Form.stored`; itself by default.
+
+        Args:
+            forms: the forms of this attachment by key, whose shapes training may have changed.
+        """
         return self
 
     def prepare(  # noqa: B027
@@ -110,12 +115,39 @@ class Method(ABC):
         penalties = [penalty for form in forms.values() if (penalty := form.penalty()) is not None]
         return sum(penalties[1:], penalties[0]) if penalties else None
 
-    def after_step(self, forms: Mapping[str, Form], step: int) -> None:  # noqa: B027
-        """Called after each optimizer step once the optimizer is bound; nothing by default.
+    def begin(self, forms: Mapping[str, Form], steps: int | None) -> None:  # noqa: B027
+        """Called once an optimizer is bound, before its first step; nothing by default.
+
+        Args:
+            forms: the forms of this attachment by key.
+            steps: number of steps that training will have; None if nobody said.
+
+        Raises:
+            MethodError: if the method's schedule does not fit into that many steps, or needs to know them.
+        """
+
+    def before_step(  # noqa: B027
+        self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Called before each step of the bound optimizer, with the gradients there; nothing by default.
+
+        Args:
+            forms: the forms of this attachment by key.
+            step: the number of the step to come, from 1.
+            optimizer: the optimizer.
+        """
+
+    def after_step(  # noqa: B027
+        self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Called after each step of the bound optimizer, with the gradients still there; nothing by default.
+
+        What a schedule has to remember belongs into buffers of the forms: training checkpoints hold these.
 
         Args:
             forms: the forms of this attachment by key.
             step: number of steps taken, from 1.
+            optimizer: the optimizer.
         """
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,9 +246,9 @@ class Sum(Method):
             for placement in method.place(model, anatomy):
                 yield replace(placement, part=number)
 
-    def stored(self) -> Method:
+    def stored(self, forms: Mapping[str, Form]) -> Method:
         """The sum of the parts as they are stored."""
-        return Sum(tuple(method.stored() for method in self.methods))
+        return Sum(tuple(method.stored(_part(forms, number)) for number, method in enumerate(self.methods)))
 
     def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
         """Every part's own set-up, all from the same batches."""
@@ -233,10 +265,20 @@ class Sum(Method):
         ]
         return sum(penalties[1:], penalties[0]) if penalties else None
 
-    def after_step(self, forms: Mapping[str, Form], step: int) -> None:
+    def begin(self, forms: Mapping[str, Form], steps: int | None) -> None:
+        """Every part's own."""
+        for number, method in enumerate(self.methods):
+            method.begin(_part(forms, number), steps)
+
+    def before_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Every part's own schedule."""
         for number, method in enumerate(self.methods):
-            method.after_step(_part(forms, number), step)
+            method.before_step(_part(forms, number), step, optimizer)
+
+    def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Every part's own schedule."""
+        for number, method in enumerate(self.methods):
+            method.after_step(_part(forms, number), step, optimizer)
 
     def to_dict(self) -> dict[str, Any]:
         """Name and the parts' own dictionaries."""

@@ -51,6 +51,12 @@ class Form(nn.Module):
         """
         return self
 
+    def resize(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the shapes of ``tensors``, by name, before they are copied; nothing by default.
+
+        Forms that grow in training do, so that a run can go on from a checkpoint.
+        """
+
     def penalty(self) -> Tensor | None:
         """Additional loss of this form, a scalar; None if it has none."""
         return None

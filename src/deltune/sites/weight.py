@@ -8,37 +8,84 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltune.backbone import PROJECTION_ROLES, Anatomy, Rows, Targets
-from deltune.errors import TargetError
+from deltune.backbone.matrices import matrix_shape
+from deltune.errors import StateError, TargetError
+from deltune.quantization import dense_weight, is_quantized
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
 
-__all__ = ["WeightForm", "WeightSite", "weight_sites"]
+__all__ = ["Kind", "WeightForm", "WeightSite", "weight_sites"]
+
+Kind = Literal["linear", "embedding", "convolution"]
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_KINDS: dict[Kind, str] = {"linear": "linear map", "embedding": "table of embeddings", "convolution": "convolution"}
 
 
 class WeightForm(Form):
-    """A change of a matrix. ``forward`` maps the matrix's input (..., in) to dh (..., rows)."""
+    """A change of a matrix. ``forward`` maps the matrix's input (..., in) to dh (..., rows).
+
+    Embeddings and convolutions are matrices too: the input of an embedding is the vocabulary, that of a convolution
+    one window, (in channels / groups) times the size of the kernel. What a form does not say of these itself is
+    computed from its :meth:`weight_delta`.
+    """
+
+    #: Whether the change depends on the frozen matrix; :meth:`change` and :meth:`weight_delta` are given it then.
+    reads_matrix: ClassVar[bool] = False
 
     @abstractmethod
     def weight_delta(self) -> Tensor:
         """The change of the matrix, shape (rows, in), in the parameters' own type."""
+
+    def weight_delta_of(self, matrix: Tensor) -> Tensor:
+        """As :meth:`weight_delta`, given the frozen ``matrix`` (rows, in)."""
+        return self.weight_delta()
 
     def add_to(self, output: Tensor, x: Tensor, weight: float = 1.0) -> Tensor:
         """``output`` (..., rows) plus ``weight`` times the change; forms may fuse the sum."""
         change: Tensor = self(x)
         return output + (change if weight == 1.0 else weight * change)
 
+    def change(self, output: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """The change dh (..., rows) where ``reads_matrix``.
+
+        Args:
+            output: what the frozen map gave, (..., rows), the bias included.
+            x: its input, (..., in).
+            matrix: its matrix (rows, in).
+            bias: its bias (rows), if it has one.
+        """
+        change: Tensor = self(x)
+        return change
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The change (..., rows) of an embedding's output for ``ids`` (...)."""
+        return F.embedding(ids, self.weight_delta().T)
+
+    def convolve(self, x: Tensor, module: Convolution) -> Tensor:
+        """The change of a convolution's output, for its padded input ``x`` (batch, channels, ...)."""
+        kernel = self.weight_delta().to(x.dtype).view(module.weight.shape)
+        return _convolution(x, kernel, module)
+
+
+def _convolution(x: Tensor, kernel: Tensor, module: Convolution) -> Tensor:
+    function = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+    return function(x, kernel, None, module.stride, 0, module.dilation, module.groups)
+
 
 @dataclass(frozen=True)
 class WeightSite(Site):
-    """A linear map. ``transposed`` says that its weight is stored (in, out), as in GPT-2.
+    """A linear map, an embedding or a convolution.
 
-    ``module`` is its dotted name; ``in_features`` and ``out_features`` are those of the part that the site
-    owns; ``rows`` says which output rows those are, None for all.
+    ``module`` is its dotted name; ``kind`` says what it is. ``in_features`` and ``out_features`` are those of the
+    part that the site owns; ``rows`` says which output rows those are, None for all. ``transposed`` says that the
+    weight is stored (in, out), as in GPT-2 and in embeddings.
     """
 
     in_features: int
@@ -46,12 +93,13 @@ class WeightSite(Site):
     transposed: bool
     dtype: torch.dtype
     device: torch.device
+    kind: Kind = "linear"
 
     insertion: ClassVar[Insertion] = Insertion.WEIGHT
 
     @property
     def module(self) -> str:
-        """Dotted name of the linear map."""
+        """Dotted name of the module."""
         return self.part.module
 
     @property
@@ -59,25 +107,58 @@ class WeightSite(Site):
         """The output rows that this site owns, None for all."""
         return self.part.rows
 
+    def matrix(self, module: nn.Module) -> Tensor:
+        """The site's own rows of the module's weight as a matrix (rows, in); a view where that is possible.
+
+        A weight that is stored in 4 bits is dequantised.
+        """
+        return self.part_of(self._whole(dense_weight(module)))
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        """The site's own rows of the module's bias, if it has one."""
+        bias = getattr(module, "bias", None)
+        return None if bias is None else self.part_of(bias)
+
+    def part_of(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """The site's own rows of ``tensor`` along ``dim``, as one dimension."""
+        if self.rows is None:
+            return tensor
+        dim = dim % tensor.dim()
+        view = self.rows.view(tensor, dim)
+        return view if view.dim() == tensor.dim() else view.flatten(dim, dim + 1)
+
+    def _whole(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1) if self.kind == "convolution" else stored.T if self.transposed else stored
+
     def tap(self, control: Control) -> WeightTap:
-        """A tap that adds the change to the linear map's output."""
-        return WeightTap(self, control)
+        """A tap that adds the change to the module's output."""
+        kinds = {"linear": WeightTap, "embedding": EmbeddingTap, "convolution": ConvolutionTap}
+        return kinds[self.kind](self, control)
 
     def merge(self, form: Form, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """The matrix with the change added: computed in float32 at least, stored in the matrix's type."""
+        """The weight with the change added: computed in float32 at least, stored in the weight's type.
+
+        Raises:
+            StateError: if the weight is quantised: rounding the sum anew would lose most of the change.
+        """
         assert isinstance(form, WeightForm)
-        name = f"{self.module}.weight"
         stored = modules[self.module].get_parameter("weight")
+        if not stored.dtype.is_floating_point:
+            raise StateError(
+                f"{self.module} is quantised, and rounding the sum anew would lose most of the change. Keep the delta "
+                "beside the model; or save it, make the bare model floating-point with "
+                "deltune.quantization.dequantize(model), load the delta again and merge."
+            )
         wide = torch.promote_types(stored.dtype, torch.float32)
         merged = stored.detach().to(wide, copy=True)
-        matrix = merged.T if self.transposed else merged
-        delta = form.weight_delta().detach().to(matrix)
+        matrix = self._whole(merged)
+        delta = form.weight_delta_of(self.part_of(matrix)).detach().to(matrix)
         if self.rows is None:
             matrix += delta
         else:
             view = self.rows.view(matrix, 0)
             view += self.rows.split(delta, 0)
-        return {name: merged.to(stored.dtype)}
+        return {f"{self.module}.weight": merged.to(stored.dtype)}
 
 
 class WeightTap(Tap):
@@ -87,59 +168,131 @@ class WeightTap(Tap):
     site: WeightSite
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
-        """Hook the linear map."""
+        """Hook the module."""
         self._handles.append(modules[self.site.module].register_forward_hook(self))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the live changes to ``output``."""
-        rows = self.site.rows
-        for form, weight in self.live():
+        site, rows = self.site, self.site.rows
+        live = list(self.live())
+        if rows is not None and is_quantized(module):
+            # bitsandbytes returns a view that must not be changed in place
+            output = output.clone()
+        frozen = self._frozen_output(live, output)
+        for form, weight in live:
             assert isinstance(form, WeightForm)
-            if rows is None:
+            if rows is None and not form.reads_matrix:
                 output = form.add_to(output, args[0], weight)
+                continue
+            if form.reads_matrix:
+                assert frozen is not None
+                change = form.change(frozen, args[0], site.matrix(module), site.bias(module))
             else:
                 change = form(args[0])
-                if weight != 1.0:
-                    change = weight * change
+            if weight != 1.0:
+                change = weight * change
+            if rows is None:
+                output = output + change
+            else:
                 # in place: no linear map keeps its own output for the backward pass
                 view = rows.view(output, -1)
                 view += rows.split(change, -1)
         return output
 
+    def _frozen_output(self, live: list[tuple[Form, float]], output: Tensor) -> Tensor | None:
+        """What the frozen map gave in the site's rows, where a form reads it; safe from changes in place."""
+        if not any(isinstance(form, WeightForm) and form.reads_matrix for form, _ in live):
+            return None
+        return output if self.site.rows is None else self.site.part_of(output, -1).clone()
 
-def weight_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[WeightSite, ...]:
-    """The linear maps that ``targets`` selects.
+
+class EmbeddingTap(WeightTap):
+    """A forward hook on the embedding."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Add the live changes to ``output``, scaled where the embedding scales its output (Gemma)."""
+        scale = getattr(module, "embed_scale", 1.0)
+        for form, weight in self.live():
+            assert isinstance(form, WeightForm)
+            output = output + (weight * scale) * form.look_up(args[0]).to(output.dtype)
+        return output
+
+
+class ConvolutionTap(WeightTap):
+    """A forward hook on the convolution."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Add the live changes to ``output``."""
+        assert isinstance(module, Convolution)
+        x = _padded(args[0], module)
+        for form, weight in self.live():
+            assert isinstance(form, WeightForm)
+            output = output + weight * form.convolve(x, module)
+        return output
+
+
+def _padded(x: Tensor, module: Convolution) -> Tensor:
+    """The input as the convolution itself pads it."""
+    sides = module._reversed_padding_repeated_twice
+    if not any(sides):
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, sides, mode=mode)
+
+
+def weight_sites(
+    model: nn.Module, anatomy: Anatomy, targets: Targets, kinds: Sequence[Kind] = ("linear",)
+) -> tuple[WeightSite, ...]:
+    """The matrices that ``targets`` selects.
+
+    Args:
+        model: the model.
+        anatomy: its parts.
+        targets: which.
+        kinds: what a method can change: ``linear`` maps, ``embedding`` tables, ``convolution`` kernels.
 
     Raises:
-        TargetError: if a target selects nothing, or something that is not a linear map.
+        TargetError: if a target selects nothing, or something that is not of these kinds.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    parts = targets.select(anatomy, tuple(modules), PROJECTION_ROLES)
+    roles = (*PROJECTION_ROLES, "embeddings") if "embedding" in kinds else PROJECTION_ROLES
     sites = []
-    for part in parts:
+    for part in targets.select(anatomy, tuple(modules), roles):
         module = modules[part.module]
-        if not _is_linear(module):
+        kind = _kind(module)
+        if kind is None or kind not in kinds:
             raise TargetError(
-                f"The target {part.key!r} is a {type(module).__name__}, not a linear map. "
-                f"Linear maps below it: {_linear_names(modules, part.module)}."
+                f"The target {part.key!r} is a {type(module).__name__}, not a {_KINDS[kinds[0]]}"
+                f"{''.join(f' or {_KINDS[other]}' for other in kinds[1:])}. "
+                f"Such modules below it: {_names(modules, part.module, kinds)}."
             )
         weight = module.get_parameter("weight")
-        transposed = hasattr(module, "nf")
-        out_features, in_features = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
+        transposed = kind == "embedding" or hasattr(module, "nf")
+        if kind == "convolution":
+            out_features, in_features = weight.flatten(1).shape
+        else:
+            # of the module, not of its weight: that of a quantised one is packed
+            shape = matrix_shape(module)
+            assert shape is not None
+            out_features, in_features = reversed(shape) if kind == "embedding" else shape
         if part.rows is not None:
             out_features = part.rows.size
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        sites.append(WeightSite(part, in_features, out_features, transposed, dtype, weight.device))
+        sites.append(WeightSite(part, in_features, out_features, transposed, dtype, weight.device, kind))
     return tuple(sites)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is nn.Linear (or a subclass), or transformers' Conv1D, which has ``nf`` outputs."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _kind(module: nn.Module) -> Kind | None:
+    """What a module is: nn.Linear (or a subclass) and transformers' Conv1D, which has ``nf`` outputs, are linear."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "convolution" if isinstance(module, Convolution) else None
 
 
-def _linear_names(modules: Mapping[str, nn.Module], prefix: str) -> str:
+def _names(modules: Mapping[str, nn.Module], prefix: str, kinds: Sequence[Kind]) -> str:
     found: Sequence[str] = [
-        name for name, module in modules.items() if name.startswith(f"{prefix}.") and _is_linear(module)
+        name for name, module in modules.items() if name.startswith(f"{prefix}.") and _kind(module) in kinds
     ]
     return ", ".join(found[:6]) + (", ..." if len(found) > 6 else "") if found else "none"

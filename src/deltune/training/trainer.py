@@ -18,7 +18,7 @@ from deltune.training.weights import capture, put_back, refuse_not_finite
 from deltune.tuned import Tuned
 
 if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
+    from deltune.model_hooks import StepHooks
 
 __all__ = ["DeltaTrainer"]
 
@@ -74,7 +74,8 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
             self.model_accepts_loss_kwargs = False
         self._weights: deque[float] = deque()
         self._weight: float | None = None
-        self._bound: RemovableHandle | None = None
+        self._bound: StepHooks | None = None
+        self._made: Any = None
         self._loaded: dict[str, Any] | None = None
 
     # -- optimizer -------------------------------------------------------------------------------------------
@@ -100,8 +101,16 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
                 ],
                 **options,
             )
-            self._bound = self.tuned.bind(self.optimizer)
+            self._made = self.optimizer
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        """As in the Trainer; from now on the methods' schedules follow the optimizer that was made here."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **options)
+        if self._made is not None:
+            self._bound = self.tuned.bind(self._made, num_training_steps)
+            self._made = None
+        return scheduler
 
     def train(self, *args: Any, **options: Any) -> Any:
         """As ``Trainer.train``; afterwards the methods' schedules no longer follow the optimizer."""

@@ -35,6 +35,12 @@ def put_back(tuned: Tuned, tensors: Mapping[str, Tensor], source: object) -> Non
     Raises:
         CheckpointError: if they are not those of these attachments; nothing is copied then.
     """
+    for name in tuned.active:
+        for key, form in tuned.attachments[name].forms.items():
+            prefix = f"{name}.{key}."
+            form.resize(
+                {item.removeprefix(prefix): value for item, value in tensors.items() if item.startswith(prefix)}
+            )
     present = dict(_tensors(tuned))
     differing = sorted(present.keys() ^ tensors.keys()) + [
         key for key in present.keys() & tensors.keys() if present[key].shape != tensors[key].shape

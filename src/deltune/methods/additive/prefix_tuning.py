@@ -6,7 +6,7 @@ reparameterisation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -189,6 +189,6 @@ class PrefixTuning(Method):
             return Prefix(heads, self.length, head_dim, self.dropout, site.dtype, site.device)
         return ReparameterizedPrefix(trunk, heads, head_dim, self.dropout, site.dtype, site.device)
 
-    def stored(self) -> Method:
+    def stored(self, forms: Mapping[str, Form]) -> Method:
         """The flat form: the network is not kept."""
         return replace(self, reparameterize=False)

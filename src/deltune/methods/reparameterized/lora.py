@@ -6,82 +6,21 @@ Letters: d_in and d_out the matrix's width and height, r the rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from deltune.backbone import Anatomy, Targets
 from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
 from deltune.methods.options import option
 from deltune.methods.registry import register
-from deltune.sites import Insertion, WeightForm, WeightSite, weight_sites
+from deltune.methods.reparameterized.low_rank import DecomposedLowRank, LowRank, PrincipalLowRank, RankPattern
+from deltune.sites import Form, Insertion, WeightSite, weight_sites
 
-__all__ = ["LoRA", "LowRank"]
-
-
-class LowRank(WeightForm):
-    r"""dh = s B A dropout(x), with A (r, d_in) and B (d_out, r).
-
-    Args:
-        in_features: d_in.
-        out_features: d_out.
-        rank: r.
-        scale: s.
-        dropout: probability of zeroing an entry of x while training; the frozen product is not touched.
-        dtype: type of the parameters.
-        device: where they are.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
-        self.scale = scale
-        self.dropout = dropout
-        # uniform within 1/sqrt(d_in), as in the authors' code (the paper says Gaussian)
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-
-    def _thin(self, x: Tensor) -> Tensor:
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return F.linear(x, self.A.to(x.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The change dh (..., d_out) for x (..., d_in)."""
-        thin = self._thin(x)
-        return self.scale * F.linear(thin, self.B.to(thin.dtype))
-
-    def add_to(self, output: Tensor, x: Tensor, weight: float = 1.0) -> Tensor:
-        """``output`` plus the change, the sum fused into the second product."""
-        thin = self._thin(x)
-        factor = self.B.to(thin.dtype).T
-        if output.dtype != thin.dtype:
-            return output + (weight * self.scale) * (thin @ factor)
-        flat = torch.addmm(
-            output.reshape(-1, output.shape[-1]),
-            thin.reshape(-1, thin.shape[-1]),
-            factor,
-            alpha=weight * self.scale,
-        )
-        return flat.view_as(output)
-
-    def weight_delta(self) -> Tensor:
-        """S B A, (d_out, d_in)."""
-        return self.scale * (self.B @ self.A)
+__all__ = ["LoRA"]
 
 
 @register
@@ -96,6 +35,9 @@ class LoRA(Method):
         A good first choice: few options, few parameters, and nothing left to pay once merged. Where the default
         learns too little, change more matrices (``targets="attention.* ffn.*"``) before raising the rank.
         alpha / r sets the size of a step, so raise alpha with the rank, or set ``rank_stabilized`` for large ranks.
+        ``weight_decomposed`` (DoRA) learns the length of each row apart from its direction: often better at small
+        ranks, and slower. ``initialization=pissa`` starts from the matrix's own principal part and learns faster.
+        Add ``+ bitfit`` to train the biases as well.
 
     Cost:
         Parameters: r (d_in + d_out) for each matrix. BERT-base, queries and values, r = 8: 294,912 (0.27 %).
@@ -105,7 +47,7 @@ class LoRA(Method):
         Inference: 2 r (d_in + d_out) operations for each token and matrix; none after merging.
 
     Terms:
-        Site: linear maps; by default those that make queries and values.
+        Site: linear maps, tables of embeddings, convolutions; by default the maps that make queries and values.
         Form: s B A, the product of two thin matrices.
         Combination: a sum, which a weight can scale.
         Control: live in every layer and for every row while active.
@@ -126,7 +68,11 @@ class LoRA(Method):
     Differs from the paper:
         A is drawn as in the authors' code; the paper says Gaussian. The default learning rate is above the 2e-4
         to 5e-4 of the authors' scripts. In a fused matrix (GPT-2) each of query, key and value has an A and B of
-        its own. ``rank_stabilized`` is from Kalajdzievski 2023, arXiv 2312.03732.
+        its own. A convolution has r channels in between; the authors' code factorises its kernel otherwise.
+        ``rank_stabilized`` is from Kalajdzievski 2023, arXiv 2312.03732; ``weight_decomposed`` (DoRA) from Liu et al.
+        2024, arXiv 2402.09353; ``initialization=pissa`` from Meng et al. 2024, arXiv 2404.02948, where the principal
+        part is taken out of the frozen matrix: here the branch subtracts it, and the matrix stays as it is. Saved,
+        it is an ordinary change of twice the rank.
 
     Source:
         Hu et al. 2021, arXiv 2106.09685, section 4.1; authors' code: microsoft/LoRA.
@@ -136,6 +82,13 @@ class LoRA(Method):
     alpha: float = option(16.0, "numerator of the scale alpha / rank", minimum=0, exclusive=True)
     dropout: float = option(0.0, "dropout of the branch's input while training", minimum=0, maximum=0.99)
     rank_stabilized: bool = option(False, "scale by alpha / sqrt(rank) (rsLoRA), for large ranks")
+    initialization: str = option(
+        "uniform",
+        "where A starts: uniform, or gaussian with deviation 1 / rank, and B at zero; or both from the matrix: pissa",
+        choices=("uniform", "gaussian", "pissa"),
+    )
+    weight_decomposed: bool = option(False, "learn the length of each row apart from its direction (DoRA)")
+    rank_pattern: str = option("", "other ranks for some of the targets: 'ffn.up layers=-4: -> 16; ffn.down -> 4'")
     targets: Targets = option(Targets(("attention.query", "attention.value")), "which matrices to change")
 
     name: ClassVar[str] = "lora"
@@ -147,27 +100,55 @@ class LoRA(Method):
     learning_rate: ClassVar[float] = 1e-3
     mergeable: ClassVar[bool] = True
 
-    @property
-    def scale(self) -> float:
-        """The scale s of the change."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        RankPattern(self.rank_pattern)
+        if self.weight_decomposed and self.initialization == "pissa":
+            raise MethodError("lora: weight_decomposed and initialization=pissa exclude each other. Choose one.")
+
+    def scale(self, rank: int) -> float:
+        """The scale s of a change of that rank."""
+        return self.alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """A low-rank form at every selected matrix.
 
         Raises:
-            MethodError: if the rank exceeds what a matrix can have.
+            MethodError: if the rank exceeds what a matrix can have, or a form cannot act on a matrix of its kind.
         """
-        for site in weight_sites(model, anatomy, self.targets):
-            yield Placement(site, self._form(site))
+        sites = weight_sites(model, anatomy, self.targets, ("linear", "embedding", "convolution"))
+        for site, rank in RankPattern(self.rank_pattern).ranks(sites, self.rank, model, anatomy):
+            yield Placement(site, self._form(site, rank, model))
 
-    def _form(self, site: WeightSite) -> LowRank:
-        largest = min(site.in_features, site.out_features)
-        if self.rank > largest:
-            raise MethodError(
-                f"Rank {self.rank} exceeds what {site.key} can have: the matrix is {site.out_features} x "
-                f"{site.in_features}, so its rank is at most {largest}."
-            )
-        return LowRank(
-            site.in_features, site.out_features, self.rank, self.scale, self.dropout, site.dtype, site.device
+    def stored(self, forms: Mapping[str, Form]) -> LoRA:
+        """Of twice the rank if it started from the principal part, which the file then holds."""
+        if self.initialization != "pissa":
+            return self
+        return replace(
+            self,
+            rank=2 * self.rank,
+            alpha=self.alpha * (math.sqrt(2) if self.rank_stabilized else 2),
+            initialization="uniform",
+            rank_pattern=RankPattern(self.rank_pattern).times(2),
         )
+
+    def _form(self, site: WeightSite, rank: int, model: nn.Module) -> LowRank:
+        scale = self.scale(rank)
+        if not self.weight_decomposed and self.initialization != "pissa":
+            form = LowRank(site, rank, scale, self.dropout)
+            if self.initialization == "gaussian" and site.kind != "embedding":
+                nn.init.normal_(form.A, std=1 / rank)
+            return form
+        if site.kind != "linear":
+            option_name = "weight_decomposed" if self.weight_decomposed else "initialization=pissa"
+            raise MethodError(
+                f"{option_name} acts on linear maps, and {site.key} is a {site.kind}. Leave it out of the targets, or "
+                "use another initialization."
+            )
+        if not self.weight_decomposed and 2 * rank > min(site.in_features, site.out_features):
+            raise MethodError(
+                f"initialization=pissa with rank {rank} is more than half of what {site.key} can have, which is "
+                f"{min(site.in_features, site.out_features)}: saved, it has twice the rank. Use a smaller rank."
+            )
+        kind = DecomposedLowRank if self.weight_decomposed else PrincipalLowRank
+        return kind(site, site.matrix(model.get_submodule(site.module)), rank, scale, self.dropout)
