@@ -312,7 +312,8 @@ class Tuned:
         self._taps.clear()
         self._frozen = None
         self._release()
-        self.model.requires_grad_(True)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.dtype.is_floating_point)  # packed weights cannot
         return self.model
 
     def unmerge(self) -> None:

@@ -22,12 +22,13 @@ METHODS: dict[str, str] = {
     "lora-decomposed": "lora(rank=2, alpha=4, weight_decomposed=true, targets='attention.* ffn.*')",
     # nothing is pruned so early: what is dropped on saving changes the last bits, which its own tests allow for
     "adalora": "adalora(total_steps=100)",
+    "qlora": "qlora(rank=2, alpha=4, dropout=0)",
     "sequential-adapter": "sequential-adapter(width=4, standard_deviation=0.1)",
     "prefix-tuning": "prefix-tuning(length=3, width=6)",
     "prompt-tuning": "prompt-tuning(length=3)",
 }
 #: One method of every kind: these are tested on every architecture at every commit.
-EVERYWHERE = tuple(name for name in METHODS if name not in ("lora-decomposed", "adalora"))
+EVERYWHERE = tuple(name for name in METHODS if name not in ("lora-decomposed", "adalora", "qlora"))
 #: The other methods share their mechanisms: at every commit they are tested on these, and by the slow tests on all.
 REPRESENTATIVE = ("bert", "gpt2", "gpt_neox", "llama-gqa", "t5", "vit")
 

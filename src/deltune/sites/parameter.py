@@ -115,7 +115,9 @@ class Selection:
         if site.zeros is None or owner not in modules or attribute not in modules[owner]._parameters:
             raise StateError(f"The model has no parameter {site.name!r}.")
         like = next(modules[owner].parameters())
-        value = torch.zeros(site.zeros, dtype=like.dtype, device=like.device)
+        # packed weights have no type for a bias
+        dtype = like.dtype if like.dtype.is_floating_point else torch.get_default_dtype()
+        value = torch.zeros(site.zeros, dtype=dtype, device=like.device)
         self._places[site.name] = [(modules[owner], attribute)]
         self.values[site.name] = nn.Parameter(value, requires_grad=False)
         self._added.append(site.name)
@@ -140,8 +142,9 @@ class Selection:
             current = module._parameters[attribute]
             # the model may have been moved meanwhile; an added bias has no original and follows its module
             like = next(module.parameters()) if current is None else current
-            if (like.device, like.dtype) != (value.device, value.dtype):
-                value.data = value.data.to(like.device, like.dtype)
+            dtype = like.dtype if like.dtype.is_floating_point else value.dtype
+            if (like.device, dtype) != (value.device, value.dtype):
+                value.data = value.data.to(like.device, dtype)
             self._originals[name] = current
             self._put(name, value)
         self.live = True

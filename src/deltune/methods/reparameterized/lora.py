@@ -84,11 +84,13 @@ class LoRA(Method):
     rank_stabilized: bool = option(False, "scale by alpha / sqrt(rank) (rsLoRA), for large ranks")
     initialization: str = option(
         "uniform",
-        "where A starts: uniform, or gaussian with deviation 1 / rank, and B at zero; or both from the matrix: pissa",
+        "where A starts: uniform, or gaussian of deviation 1 / rank, and B at zero; pissa: both from the matrix",
         choices=("uniform", "gaussian", "pissa"),
     )
     weight_decomposed: bool = option(False, "learn the length of each row apart from its direction (DoRA)")
-    rank_pattern: str = option("", "other ranks for some of the targets: 'ffn.up layers=-4: -> 16; ffn.down -> 4'")
+    rank_pattern: str | None = option(
+        None, "other ranks for some of the targets: 'ffn.up layers=-4: -> 16; ffn.down -> 4'"
+    )
     targets: Targets = option(Targets(("attention.query", "attention.value")), "which matrices to change")
 
     name: ClassVar[str] = "lora"
@@ -129,7 +131,7 @@ class LoRA(Method):
             rank=2 * self.rank,
             alpha=self.alpha * (math.sqrt(2) if self.rank_stabilized else 2),
             initialization="uniform",
-            rank_pattern=RankPattern(self.rank_pattern).times(2),
+            rank_pattern=RankPattern(self.rank_pattern).times(2) or None,
         )
 
     def _form(self, site: WeightSite, rank: int, model: nn.Module) -> LowRank:

@@ -226,7 +226,7 @@ def checked_rank(rank: int, site: WeightSite) -> int:
 
 
 class RankPattern:
-    """Ranks that differ from site to site: ``"ffn.up layers=-4: -> 16; attention.query -> 0"``.
+    """Ranks that differ from site to site: ``"ffn.up layers=-4: -> 16; attention.query -> 0"``; none if None.
 
     Each entry is a target expression and the rank of what it selects; of several that select a site the last counts.
     A rank of zero leaves a site out.
@@ -236,9 +236,9 @@ class RankPattern:
         TargetError: if a target expression is.
     """
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str | None) -> None:
         self.entries: list[tuple[Targets, int]] = []
-        for entry in text.split(";"):
+        for entry in (text or "").split(";"):
             targets, arrow, rank = (piece.strip() for piece in entry.partition("->"))
             if not entry.strip():
                 continue
