@@ -112,6 +112,8 @@ def test_python_lines_name_what_exists(words: list[str]) -> None:
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     if module == "examples.assets":
         assert set(rest) <= set(assets.names())
+    elif module == "examples.demo":
+        check(["compare", "--model", "m", "--data", "d.csv", *rest, "--seeds", "0", "--steps", "1"])
     elif parts[0] == "examples":
         from examples.inputs import options
 

@@ -20,15 +20,13 @@ METHODS: dict[str, str] = {
     "bitfit": "bitfit(missing=add)",
     "lora": "lora(rank=2, alpha=4, targets='attention.* ffn.*')",
     "lora-decomposed": "lora(rank=2, alpha=4, weight_decomposed=true, targets='attention.* ffn.*')",
-    # nothing is pruned so early: what is dropped on saving changes the last bits, which its own tests allow for
-    "adalora": "adalora(total_steps=100)",
     "qlora": "qlora(rank=2, alpha=4, dropout=0)",
     "sequential-adapter": "sequential-adapter(width=4, standard_deviation=0.1)",
     "prefix-tuning": "prefix-tuning(length=3, width=6)",
     "prompt-tuning": "prompt-tuning(length=3)",
 }
 #: One method of every kind: these are tested on every architecture at every commit.
-EVERYWHERE = tuple(name for name in METHODS if name not in ("lora-decomposed", "adalora", "qlora"))
+EVERYWHERE = tuple(name for name in METHODS if name not in ("lora-decomposed", "qlora"))
 #: The other methods share their mechanisms: at every commit they are tested on these, and by the slow tests on all.
 REPRESENTATIVE = ("bert", "gpt2", "gpt_neox", "llama-gqa", "t5", "vit")
 
@@ -168,7 +166,8 @@ def sides(architecture: Architecture) -> tuple[str, ...]:
 def take_steps(tuned: deltune.Tuned, case: Case, batch: dict[str, torch.Tensor], steps: int = 3) -> None:
     """Train a little, with weight decay, as a user would."""
     optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-2, weight_decay=0.1)
-    tuned.bind(optimizer, steps)
+    # as in the beginning of a long training: AdaLoRA prunes nothing yet, which on saving would change the last bits
+    tuned.bind(optimizer, 100)
     for _ in range(steps):
         optimizer.zero_grad()
         case.loss(tuned.model, batch).backward()

@@ -183,14 +183,16 @@ class DecomposedLowRank(LowRank):
         return (squares + 2 * self.scale * mixed + self.scale**2 * own).clamp_min(0).sqrt()
 
     def _ratio(self, matrix: Tensor) -> Tensor:
-        norms = self._norms(matrix)
+        with torch.autocast(matrix.device.type, enabled=False):
+            # rounded as the magnitude is, so that the two are equal at the start
+            norms = self._norms(matrix).to(self.magnitude.dtype)
         # a row of zeros has no direction: it stays as it is
-        return torch.where(norms > 0, self.magnitude.to(norms) / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+        return torch.where(norms > 0, self.magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
 
     def change(self, output: Tensor, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         """The change dh (..., d_out)."""
         ratio = self._ratio(matrix).to(output.dtype)
-        product = output if bias is None else output - bias
+        product = output if bias is None else output - bias.to(output.dtype)
         change: Tensor = self(x)
         return (ratio - 1) * product + ratio * change
 
