@@ -25,6 +25,7 @@ _COMMANDS = {
     "eval": ("evaluate", "evaluate"),
     "predict": ("predict", "predict"),
     "merge": ("merge", "merge"),
+    "ranks": ("ranks", "ranks"),
     "methods": ("methods", "methods"),
     "sites": ("sites", "sites"),
 }

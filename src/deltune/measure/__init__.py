@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from deltune.measure.memory import MemoryUse, PeakMemory, release_memory, resident_bytes
 from deltune.measure.provenance import cpu_count, provenance
+from deltune.measure.ranks import rank_picture, rank_table
 from deltune.measure.statistics import Spread, proportion_interval
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "cpu_count",
     "proportion_interval",
     "provenance",
+    "rank_picture",
+    "rank_table",
     "release_memory",
     "resident_bytes",
 ]

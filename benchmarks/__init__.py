@@ -1,0 +1,1 @@
+"""Measurements on real models and real text, each one command; their results stand in docs/results."""

@@ -1,0 +1,71 @@
+"""``deltune ranks``: which matrices a delta changes with which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltune.cli.reporting import print_json
+from deltune.errors import CheckpointError, DeltuneError
+
+__all__ = ["ranks"]
+
+_FORMATS = (".svg", ".png", ".pdf")
+#: Methods whose deltas are products of factors A and B; those of others may have factors of these names too.
+_LOW_RANK = frozenset({"lora", "qlora", "dylora", "adalora", "increlora"})
+
+
+def ranks(
+    delta: Annotated[Path, typer.Argument(help="Folder that deltune tune wrote.")],
+    picture: Annotated[Path | None, typer.Option(help="Draw them into this file: .svg, .png or .pdf.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Show the rank of the change of each matrix, by layer and kind.
+
+    This is what AdaLoRA and IncreLoRA decide while they train; matrices that ended at rank 0 are not in the delta.
+    """
+    from deltune.checkpoints import read
+    from deltune.measure import rank_picture, rank_table
+
+    if picture is not None and picture.suffix.lower() not in _FORMATS:
+        raise DeltuneError(f"--picture {picture}: its ending says the format; it must be one of {', '.join(_FORMATS)}.")
+    description, tensors = read(delta)
+    methods = _methods_of(description["method"])
+    found = _ranks_of({key: tuple(value.shape) for key, value in tensors.items()}) if methods & _LOW_RANK else {}
+    if not found:
+        raise CheckpointError(
+            f"{delta} has no low-rank changes: its method is {' + '.join(sorted(methods))}. Ranks can be shown of "
+            f"deltas of {', '.join(sorted(_LOW_RANK))}."
+        )
+    if picture is not None:
+        try:
+            rank_picture(found, picture, title=f"{sum(found.values())} ranks in {len(found)} matrices")
+        except ModuleNotFoundError as error:
+            raise DeltuneError("Pictures need matplotlib: pip install 'deltune[report]'.") from error
+        except OSError as error:
+            raise DeltuneError(f"{picture} cannot be written: {error.strerror}. Choose another place.") from error
+    if json:
+        print_json({"ranks": found, "picture": None if picture is None else str(picture)})
+        return
+    typer.echo(rank_table(found))
+    if picture is not None:
+        typer.echo(f"drawn in {picture}")
+
+
+def _methods_of(description: Mapping[str, Any]) -> set[str]:
+    """Name of a method, or those of a sum's parts."""
+    return {str(part["name"]) for part in description.get("methods", [description])}
+
+
+def _ranks_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Ranks by key, of all pairs of factors ``A`` (r, d_in) and ``B`` (d_out, r)."""
+    found: dict[str, int] = {}
+    for key, shape in shapes.items():
+        site, _, factor = key.rpartition(".")
+        other = shapes.get(f"{site}.B")
+        if factor == "A" and other is not None and shape[0] == other[1]:
+            found[site] = shape[0]
+    return found

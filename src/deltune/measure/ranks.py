@@ -1,0 +1,92 @@
+"""Which matrices got which rank: as a table for a terminal and as a picture.
+
+A rank map has the site's key and its rank: ``{"encoder.0.attention.query": 3, ...}``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["rank_picture", "rank_table"]
+
+_LAYER_KEY = re.compile(r"(?P<layer>(\d+\.)?\w+\.\d+)\.(?P<role>.+)")
+
+
+def _cells(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[str, str], int]]:
+    """Layers and roles in the order of the model, and the ranks of those pairs that exist."""
+    cells = {}
+    for key, rank in ranks.items():
+        place = _LAYER_KEY.fullmatch(key)
+        cells[(place["layer"], place["role"]) if place else (key, "rank")] = rank
+    layers = list(dict.fromkeys(layer for layer, _ in cells))
+    # a layer that has all kinds tells their order
+    fullest = max(layers, key=lambda name: sum(layer == name for layer, _ in cells), default=None)
+    ordered = sorted(cells, key=lambda cell: cell[0] != fullest)
+    return layers, list(dict.fromkeys(role for _, role in ordered)), cells
+
+
+def rank_table(ranks: Mapping[str, int]) -> str:
+    """Ranks by key as a table: a line for each layer, a column for each kind of matrix, and the sums."""
+    layers, roles, cells = _cells(ranks)
+    first, widths = max(map(len, [*layers, "layer"])), [max(len(role), 5) for role in roles]
+    lines = [["layer".ljust(first), *(role.rjust(width) for role, width in zip(roles, widths, strict=True)), "  sum"]]
+    for layer in layers:
+        row = [cells.get((layer, role)) for role in roles]
+        lines.append(_line(layer, first, row, widths))
+    lines.append(_line("sum", first, [sum(cells.get((layer, role), 0) for layer in layers) for role in roles], widths))
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _line(label: str, first: int, row: list[int | None], widths: list[int]) -> list[str]:
+    numbers = [("" if rank is None else str(rank)).rjust(width) for rank, width in zip(row, widths, strict=True)]
+    return [label.ljust(first), *numbers, str(sum(rank or 0 for rank in row)).rjust(5)]
+
+
+def rank_picture(ranks: Mapping[str, int], path: str | Path, title: str = "") -> Path:
+    """Ranks as a grid of layers and kinds of matrices, the darker the higher; the number stands in each cell.
+
+    Args:
+        ranks: rank by key. A pair of layer and kind that is not among them stays empty.
+        path: file to write; its ending chooses the format, svg, png or pdf.
+        title: text above.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed (extra ``report``).
+        ValueError: if there are no ranks, or the ending is none that can be written.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    if not ranks:
+        raise ValueError("There are no ranks to draw.")
+    layers, roles, cells = _cells(ranks)
+    grid = [[cells.get((layer, role), float("nan")) for layer in layers] for role in roles]
+    highest = max(*ranks.values(), 1)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "deltune", "font.size": 9}):
+        figure = Figure(figsize=(1.9 + 0.42 * len(layers), 0.9 + 0.36 * len(roles)), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+        for row, numbers in enumerate(grid):
+            for column, rank in enumerate(numbers):
+                if rank == rank:  # noqa: PLR0124 - not for pairs that do not exist
+                    color = "white" if rank > 0.6 * highest else "#333333"
+                    axes.text(column, row, f"{rank:g}", ha="center", va="center", color=color)
+        axes.set_xticks(range(len(layers)), layers, rotation=90 if len(layers) > 8 else 30, ha="center")
+        axes.set_yticks(range(len(roles)), roles)
+        axes.set_xticks([column - 0.5 for column in range(1, len(layers))], minor=True)
+        axes.set_yticks([row - 0.5 for row in range(1, len(roles))], minor=True)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.grid(which="minor", color="white", linewidth=1.5)
+        axes.tick_params(which="both", length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if title:
+            axes.set_title(title, loc="left", fontsize=10)
+        figure.savefig(Path(path), dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
+    return Path(path)
