@@ -135,17 +135,25 @@ class Attachment:
             if not bank._modules:
                 del owner._modules[BANK]
 
-    def merged(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """The model's parameters with this attachment folded in, by full name.
+    def refuse_unmergeable(self) -> None:
+        """Refuse to fold in what is not a change of weights.
 
         Raises:
-            StateError: if the method cannot be merged, or two of its forms change one matrix.
+            StateError: if the method cannot be merged.
         """
         if not self.method.mergeable:
             raise StateError(
                 f"{self.method.name} cannot be merged: its change is not a change of weights. Keep it attached, or "
                 "use a method that can be merged, such as lora."
             )
+
+    def merged(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """The model's parameters with this attachment folded in, by full name.
+
+        Raises:
+            StateError: if the method cannot be merged, or two of its forms change one matrix.
+        """
+        self.refuse_unmergeable()
         values = self.selection.merged()
         for _, site, form in self.sites:
             for name, value in site.merge(form, modules).items():

@@ -11,9 +11,9 @@ from deltune.attachment import Attachment
 from deltune.backbone import Anatomy
 from deltune.model_hooks import (
     BareStateHook,
+    IgnoredKeys,
     InputGradientHook,
     PenaltyHook,
-    added_keys,
     lowest_trained_layers,
     total_penalty,
 )
@@ -67,15 +67,16 @@ class Installation:
             tap.install(self.modules)
         if total_penalty(self.control, self.attachments) is not None:
             self._handles.append(self.model.register_forward_hook(PenaltyHook(self.control, self.attachments)))
-        for layer in lowest_trained_layers(self.model, self.anatomy):
+        live = [self.attachments[name] for name in self.control.live]
+        for layer in lowest_trained_layers(self.model, self.anatomy, live):
             self._handles.append(layer.register_forward_pre_hook(InputGradientHook()))
         register: Any = self.model.register_load_state_dict_post_hook
         self._handles.append(register(BareStateHook(self.attachments)))
         ignored = getattr(self.model, "_keys_to_ignore_on_save", None)
         if ignored is not None:
             self._ignored_on_save = ignored
-            keys = added_keys(self.model, self.attachments)
-            self.model._keys_to_ignore_on_save = set(ignored) | keys  # type: ignore[assignment]
+            keys: Any = IgnoredKeys(ignored, self.model, self.attachments)
+            self.model._keys_to_ignore_on_save = keys
         self._installed = True
 
     def take_off(self) -> None:

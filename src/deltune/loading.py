@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from deltune.backbone import check_base_model
 from deltune.checkpoints import fill, read
+from deltune.errors import CheckpointError
 from deltune.methods import parse
+from deltune.quantization import NF4
 from deltune.tuned import HANDLE, Tuned
 
 __all__ = ["load"]
@@ -22,8 +27,10 @@ def load(model: nn.Module | Tuned, path: str | Path, name: str | None = None, *,
         model: the model that it was trained on, bare or with methods attached; or its handle.
         path: the folder that :meth:`Tuned.save` wrote.
         name: under which name to attach; by default the one it was saved under.
-        strict: refuse another base model, and missing or unexpected tensors. If False, a head that the model
-            does not have is left out, and a differing base model is accepted; misshapen tensors never are.
+        strict: refuse another base model, one that is quantised otherwise, and missing or unexpected tensors. If
+            False, a head that the model does not have is left out, and a differing base model is accepted; misshapen
+            tensors never are. Where only one of the models, that of the training or the present one, is quantised, a
+            warning says so.
 
     Raises:
         CheckpointError: if the folder holds no delta, a damaged one, or one that does not fit; every missing,
@@ -33,6 +40,7 @@ def load(model: nn.Module | Tuned, path: str | Path, name: str | None = None, *,
     tuned = model if isinstance(model, Tuned) else vars(model).get(HANDLE) or Tuned(model)
     if strict:
         check_base_model(description["base_model"], tuned.base_model)
+        _check_quantization(description["base_model"].get("quantization"), tuned.base_model["quantization"], path)
     wanted = name or str(description["name"])
     head = set(description["head"])
     # initial values are drawn and overwritten at once: leave the caller's random numbers alone
@@ -46,3 +54,37 @@ def load(model: nn.Module | Tuned, path: str | Path, name: str | None = None, *,
         raise
     attachment.task = description.get("task")
     return tuned
+
+
+def _check_quantization(saved: Mapping[str, Any] | None, present: Mapping[str, Any] | None, path: str | Path) -> None:
+    """Warn where the delta was trained beside other numbers; refuse another way of quantising.
+
+    Raises:
+        CheckpointError: if both are quantised, but not alike.
+    """
+    if saved is None and present is None:
+        return
+    if saved is not None and present is not None:
+        one, other = NF4.from_dict(saved), NF4.from_dict(present)
+        if not one.same_levels(other):
+            raise CheckpointError(
+                f"The delta in {path} was trained beside a model in {_words(one)}, but this one is in {_words(other)}. "
+                f"Quantise the model anew with deltune.quantize(model, NF4(block={one.block}, "
+                f"double_quantization={one.double_quantization})); to use it all the same, pass strict=False."
+            )
+        return
+    if saved is not None:
+        one = NF4.from_dict(saved)
+        text = (
+            f"was trained beside a model in {_words(one)}, and this one holds floating-point numbers: results differ a "
+            "little, unless it was dequantised. For those of the training call deltune.quantize(model, "
+            f"NF4(block={one.block}, double_quantization={one.double_quantization})) first"
+        )
+    else:
+        text = "was trained beside a model that was not quantised, and this one is: results differ a little"
+    warnings.warn(f"The delta in {path} {text}.", UserWarning, stacklevel=3)
+
+
+def _words(format: NF4) -> str:
+    scales = "double quantisation" if format.double_quantization else "plain scales"
+    return f"4 bits (blocks of {format.block}, {scales})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BareStateHook",
+    "IgnoredKeys",
     "InputGradientHook",
     "PenaltyHook",
     "StepHooks",
@@ -97,6 +98,27 @@ def added_keys(model: nn.Module, attachments: Mapping[str, Attachment]) -> set[s
     }
 
 
+class IgnoredKeys(Set[str]):
+    """What ``save_pretrained`` leaves out: names given, and what attachments add at that moment, as forms may grow."""
+
+    def __init__(self, names: Iterable[str], model: nn.Module, attachments: Mapping[str, Attachment]) -> None:
+        self.names = frozenset(names)
+        self.model = model
+        self.attachments = attachments
+
+    def _all(self) -> set[str]:
+        return {*self.names, *added_keys(self.model, self.attachments)}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._all()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
 class BareStateHook:
     """Lets the bare model's ``state_dict`` load while methods are attached, which it says nothing about."""
 
@@ -110,13 +132,18 @@ class BareStateHook:
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in ours]
 
 
-def lowest_trained_layers(model: nn.Module, anatomy: Anatomy) -> Iterator[nn.Module]:
-    """Of each stack the first layer in which anything trains, if there is one."""
+def lowest_trained_layers(model: nn.Module, anatomy: Anatomy, live: Iterable[Attachment] = ()) -> Iterator[nn.Module]:
+    """Of each stack the first layer in which anything trains, if there is one.
+
+    A form of a live attachment counts even where all that it trains is shared, and so lies in no layer.
+    """
+    owners = {placed.owner for attachment in live for placed in attachment.placed.values()}
     for stack in anatomy.stacks.values():
-        layers = (model.get_submodule(name) for name in stack.layers)
-        found = next((layer for layer in layers if any(value.requires_grad for value in layer.parameters())), None)
-        if found is not None:
-            yield found
+        for name in stack.layers:
+            layer = model.get_submodule(name)
+            if name in owners or any(value.requires_grad for value in layer.parameters()):
+                yield layer
+                break
 
 
 class InputGradientHook:

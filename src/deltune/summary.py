@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from deltune.attachment import Attachment
+from deltune.quantization import Storage, format_of, storage
 
 __all__ = ["Summary", "SummaryRow"]
 
@@ -30,11 +31,13 @@ class Summary:
         rows: one per site, in the order of the model.
         model_parameters: values of the bare model.
         head_parameters: those of the trained values that belong to the task head.
+        quantized: size of the model's part that is stored in 4 bits; None if there is none.
     """
 
     rows: tuple[SummaryRow, ...]
     model_parameters: int
     head_parameters: int
+    quantized: Storage | None = None
 
     @classmethod
     def of(cls, model: nn.Module, attachments: Iterable[Attachment], model_parameters: int) -> Summary:
@@ -50,7 +53,8 @@ class Summary:
                 is_head = name in attachment.head_names
                 rows.append(_row(name, "head" if is_head else "select", [parameter]))
                 head += parameter.numel() if is_head else 0
-        return cls(tuple(rows), model_parameters, head)
+        quantized = storage(model) if format_of(model) is not None else None
+        return cls(tuple(rows), model_parameters, head, quantized)
 
     @property
     def parameters(self) -> int:
@@ -75,6 +79,8 @@ class Summary:
             f"{'total':<{width}}  {'':<10}  {self.parameters:>12,}  {self.bytes:>12,}   "
             f"{self.share:.3%} of {self.model_parameters:,}, head {self.head_parameters:,}"
         )
+        if self.quantized is not None:
+            lines.append(f"frozen matrices in 4 bits: {self.quantized}")
         return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from deltune.folding import Folded, fold
 from deltune.installation import Installation
 from deltune.methods import Method, parse
 from deltune.model_hooks import StepHooks, refuse_to_resize, total_penalty
+from deltune.quantization.model import dequantize_layers, format_of, parameter_count
 from deltune.sites import Control, Tap
 from deltune.summary import Summary
 
@@ -74,14 +75,20 @@ class Tuned:
     Attributes:
         model: the model itself.
         anatomy: its parts.
-        base_model: kind, size and a sample of the pretrained weights, to know the model again.
+        base_model: kind, size, a sample of the pretrained weights and how they are quantised, to know the model again.
         attachments: every attached method by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.anatomy: Anatomy = anatomy_of(model)
-        self.base_model = describe_base_model(model)
+        stored = format_of(model)
+        self.base_model = {
+            **describe_base_model(model),
+            "parameters": parameter_count(getattr(model, "base_model", model)),
+            "quantization": None if stored is None else stored.to_dict(),
+        }
+        self._size = parameter_count(model)
         self.attachments: dict[str, Attachment] = {}
         self.control = Control()
         self._taps: dict[str, Tap] = {}
@@ -280,20 +287,25 @@ class Tuned:
         """Whether the live attachments are folded into the model's weights at present."""
         return self._merged is not None
 
-    def merge(self, *, reversible: bool = True) -> nn.Module:
+    def merge(self, *, reversible: bool = True, dequantize: bool = False) -> nn.Module:
         """Fold the live attachments into the model's weights, which then cost nothing extra to run.
 
         Args:
             reversible: keep the original weights for :meth:`unmerge`, which then restores their exact bits. If
                 False the attachments are removed and the model is an ordinary, fully tuned one.
+            dequantize: make the matrices of a quantised model floating-point numbers first, those that its products
+                used, as :func:`deltune.quantization.dequantize` does. Not reversible.
 
         Returns:
             The model.
 
         Raises:
-            StateError: if merged already, if a live method cannot be merged, or a matrix is tied to another.
+            StateError: if merged already, if a live method cannot be merged, a matrix is tied to another, or is
+                quantised and ``dequantize`` is not set.
         """
         self._refuse_while_merged("merge")
+        if dequantize and reversible:
+            raise StateError("Merging with dequantize=True cannot be undone: pass reversible=False too.")
         if not self.control.live:
             raise StateError("Nothing is active, so there is nothing to merge.")
         live = dict(self.control.live)
@@ -301,6 +313,11 @@ class Tuned:
             raise StateError("Attachments with weights other than one cannot be merged.")
         self._set_live({})
         try:
+            for name in live:
+                self.attachments[name].refuse_unmergeable()
+            if dequantize and format_of(self.model) is not None:
+                dequantize_layers(self.model)
+                self._modules.update(self.model.named_modules(remove_duplicate=False))
             folded = fold([self.attachments[name] for name in live], self._modules)
         except Exception:
             self._set_live(live)
@@ -334,7 +351,7 @@ class Tuned:
     def summary(self, name: str | None = None) -> Summary:
         """What an attachment trains, per site, and its share of the model; by default of the live ones."""
         names = self.active if name is None else (name,)
-        return Summary.of(self.model, [self._attachment(item) for item in names], self._original_parameters())
+        return Summary.of(self.model, [self._attachment(item) for item in names], self._size)
 
     def save(self, path: str | Path, name: str | None = None) -> Path:
         """Write an attachment to a folder: one safetensors file with the trained part, one JSON for people.
@@ -413,9 +430,3 @@ class Tuned:
         """Make the model forget this handle."""
         self.model.__dict__.pop(HANDLE, None)
         self.model.__dict__.pop(_RESIZE, None)
-
-    def _original_parameters(self) -> int:
-        """Number of values of the bare model, tied ones once."""
-        if self._frozen is None:
-            return sum(parameter.numel() for parameter in self.model.parameters())
-        return sum(parameter.numel() for parameter, _ in self._frozen)

@@ -21,12 +21,13 @@ METHODS: dict[str, str] = {
     "lora": "lora(rank=2, alpha=4, targets='attention.* ffn.*')",
     "lora-decomposed": "lora(rank=2, alpha=4, weight_decomposed=true, targets='attention.* ffn.*')",
     "qlora": "qlora(rank=2, alpha=4, dropout=0)",
+    "fact": "fact(dropout=0)",
     "sequential-adapter": "sequential-adapter(width=4, standard_deviation=0.1)",
     "prefix-tuning": "prefix-tuning(length=3, width=6)",
     "prompt-tuning": "prompt-tuning(length=3)",
 }
 #: One method of every kind: these are tested on every architecture at every commit.
-EVERYWHERE = tuple(name for name in METHODS if name not in ("lora-decomposed", "qlora"))
+EVERYWHERE = tuple(name for name in METHODS if name not in ("lora-decomposed", "qlora", "fact"))
 #: The other methods share their mechanisms: at every commit they are tested on these, and by the slow tests on all.
 REPRESENTATIVE = ("bert", "gpt2", "gpt_neox", "llama-gqa", "t5", "vit")
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import deltune
 from deltune.errors import MethodError, TargetError
-from deltune.methods.reparameterized.adalora import final_ranks, rank_table
+from deltune.measure import rank_table
+from deltune.methods.reparameterized.adalora import final_ranks
 from deltune.methods.reparameterized.low_rank import LowRank
 from tests.methods.common import attached, build, loss_of, output, relative_error
 from tests.methods.sizes import BERT_BASE, LLAMA

@@ -153,7 +153,7 @@ def by_hand(steps: int, strict: bool, decay: float = 0.1, rate: float = 1e-2) ->
 
 @pytest.mark.parametrize("leak", [False, True])
 def test_9_training_equals_adamw_by_hand(leak: bool) -> None:
-    tuned, form = toy(f"rank=4, alpha=6, leak={leak}")
+    tuned, form = toy(f"rank=4, alpha=6, leak={leak}, update=frozen")
     fill(tuned)
     tuned.model.train()
     optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-2, weight_decay=0.1)
@@ -172,7 +172,7 @@ def test_9_training_equals_adamw_by_hand(leak: bool) -> None:
 
 def test_9_the_leak_is_that_of_the_authors_code() -> None:
     """A component that was trained once goes on by its momentum; one that never was shrinks by the decay."""
-    tuned, form = toy("rank=4, leak=true")
+    tuned, form = toy("rank=4, leak=true, update=frozen")
     fill(tuned)
     tuned.model.train()
     optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-2, weight_decay=0.1)
@@ -213,7 +213,7 @@ def test_every_rank_learns() -> None:
     target = torch.nn.init.orthogonal_(torch.empty(12, 12)) @ torch.diag(torch.tensor([3.0, 2, 1.5, 1] + [0.0] * 8))
     target = target @ torch.nn.init.orthogonal_(torch.empty(12, 12))
     losses: dict[str, dict[int, float]] = {}
-    for name, options in (("lora", "leak=true"), ("frozen", ""), ("nested", "update=nested")):
+    for name, options in (("lora", "leak=true"), ("frozen", "update=frozen"), ("nested", "update=nested")):
         tuned, form = toy(f"rank=4, {options}".rstrip(", "), size=12)
         torch.manual_seed(5)
         nn.init.normal_(form.A, std=0.3)

@@ -24,13 +24,16 @@ class Loaded:
     tokenizer: Any
 
 
-def load_delta(model: str, delta: Path, device: str | None = None) -> Loaded:
+def load_delta(model: str, delta: Path, device: str | None = None, *, quantized: bool = True) -> Loaded:
     """Load the model for the task of a delta, and attach the delta.
+
+    A model that was quantised when the delta was trained is quantised in the same way.
 
     Args:
         model: folder of the pretrained model.
         delta: folder that ``deltune tune`` or ``Tuned.save`` wrote.
         device: cpu, cuda or mps; the best that is present if none.
+        quantized: if False the model is loaded as it is in its folder in any case.
 
     Raises:
         CheckpointError: if the delta is missing, damaged, of another model, or says no task.
@@ -41,6 +44,7 @@ def load_delta(model: str, delta: Path, device: str | None = None) -> Loaded:
     quiet_libraries()
     import deltune
     from deltune.checkpoints import read_description
+    from deltune.quantization import NF4
     from deltune.tasks import task_from_description
     from deltune.training.devices import usable_device
 
@@ -53,7 +57,8 @@ def load_delta(model: str, delta: Path, device: str | None = None) -> Loaded:
         )
     task = task_from_description(description["task"])
     tokenizer = task.load_tokenizer(model)
-    base = task.load_model(model, tokenizer=tokenizer)
+    stored = description["base_model"].get("quantization") if quantized else None
+    base = task.load_model(model, tokenizer=tokenizer, format=None if stored is None else NF4.from_dict(stored))
     tuned = deltune.load(base, delta)
     tuned.model.to(place)
     tuned.model.eval()

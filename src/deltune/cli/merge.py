@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,13 +14,14 @@ import typer
 
 from deltune.cli.loaded import load_delta
 from deltune.cli.reporting import plain_number, print_json
-from deltune.errors import CheckpointError, StateError
+from deltune.errors import CheckpointError, StateError, suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Drift", "merge"]
 
+_INTO = ("dequantized", "original")
 _PROBE_ROWS, _PROBE_TOKENS = 4, 16
 #: Merging in float32 drifts by about a millionth; by this much the folder holds something else.
 _LARGEST_DRIFT = 0.05
@@ -52,40 +54,68 @@ def merge(
     model: Annotated[str, typer.Option(help="Folder of the pretrained model.")],
     delta: Annotated[Path, typer.Option(help="Folder that deltune tune wrote.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    into: Annotated[
+        str,
+        typer.Option(
+            help="Of a delta that was trained beside a quantised model: fold it into the numbers that training used "
+            "(dequantized), or into those of the folder (original)."
+        ),
+    ] = "dequantized",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Fold a delta into its model, and write an ordinary model folder with its tokenizer.
 
     The folder is read again before it is put in its place, and its logits are compared with those of the model
-    with the delta beside it.
+    with the delta beside it, quantised if that is how it was trained.
     """
+    if into not in _INTO:
+        raise StateError(f"--into cannot be {into!r}. {suggestion(into, _INTO)}")
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise StateError(f"{output} exists already. Choose another folder, or replace it with --overwrite.")
+    from deltune.quantization import format_of, quantize
+
     loaded = load_delta(model, delta, "cpu")
     before = _logits(loaded.tuned.model)
     method = str(loaded.tuned.attachments[loaded.tuned.active[0]].method)
-    merged = loaded.tuned.merge(reversible=False)
+    stored = format_of(loaded.tuned.model)
+    if stored is not None and into == "original":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the model is not quantised is what was asked for
+            loaded = load_delta(model, delta, "cpu", quantized=False)
+    merged = loaded.tuned.merge(reversible=False, dequantize=True)
     try:
-        drift = _write(merged, loaded.tokenizer, before, output)
+        # the original matrices are not those of the training
+        drift = _write(merged, loaded.tokenizer, before, output, exact=stored is None or into == "dequantized")
     except OSError as error:
         full = error.errno == errno.ENOSPC or "No space left" in str(error)
         raise CheckpointError(
             f"Could not write {output}: {'the disk is full' if full else error}. What stood there before is untouched. "
             "Free some space or choose another folder, and run the same command again."
         ) from error
+    again = None if stored is None else Drift.between(before, _logits(quantize(merged, stored)))
     if json:
-        print_json({"output": str(output), "method": method, "drift": vars(drift)})
+        found = {"output": str(output), "method": method, "drift": vars(drift)}
+        print_json(found if again is None else {**found, "into": into, "drift_if_quantized_again": vars(again)})
         return
     typer.echo(
         f"Merged {method} into {output}. On a probe batch its logits differ by at most {plain_number(drift.largest)} "
         f"({drift.relative:.2g} of the greatest) from those of the model with the delta; "
         f"{drift.agreement:.1%} of the positions prefer the same."
     )
+    if again is not None:
+        typer.echo(
+            f"It holds floating-point numbers, merged into the {into} matrices. Quantised again as in training its "
+            f"logits would differ by {again.relative:.2g} of the greatest, {again.agreement:.1%} preferring the same: "
+            "rounding loses part of the change. To stay in 4 bits keep the delta beside the model."
+        )
 
 
-def _write(model: Any, tokenizer: Any, before: Tensor, output: Path) -> Drift:
-    """Write the folder beside its place, read it again, compare, and put it in its place."""
+def _write(model: Any, tokenizer: Any, before: Tensor, output: Path, *, exact: bool) -> Drift:
+    """Write the folder beside its place, read it again, compare, and put it in its place.
+
+    Where the logits have to be those of before, a folder with others is refused; otherwise one that gives none.
+    """
     from deltune.training.snapshot import remove_unfinished
 
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +130,7 @@ def _write(model: Any, tokenizer: Any, before: Tensor, output: Path) -> Drift:
                 raise OSError(errno.ENOSPC, str(error)) from error
             raise
         drift = Drift.between(before, _logits(type(model).from_pretrained(folder).eval()))
-        if not drift.relative <= _LARGEST_DRIFT:
+        if not drift.relative <= (_LARGEST_DRIFT if exact else float("inf")):
             raise StateError(
                 f"The merged model does not do the same: on a probe batch its logits differ by {drift.largest:.3g}, "
                 f"{drift.relative:.1%} of the greatest. Nothing was written. Keep the delta beside the model, or merge "

@@ -110,6 +110,8 @@ def tune(
             "model": summary.model_parameters,
             "share": summary.share,
         }
+        if summary.quantized is not None:
+            parameters["bits_per_quantized_parameter"] = summary.quantized.bits_per_parameter
         print_json({**result.to_dict(), "parameters": parameters, "output": str(request.output)})
         return
     _print_result(request, tuned, result)
@@ -134,7 +136,7 @@ def _run(request: TuneRequest) -> tuple[Tuned, FitResult]:
         evaluation = read_dataset(request.evaluation or request.data, request.evaluation_split)
     tokenizer = task.load_tokenizer(request.model)
     torch.manual_seed(request.settings.seed)
-    model = task.load_model(request.model, tokenizer=tokenizer)
+    model = task.load_model(request.model, tokenizer=tokenizer, format=request.method.base_format)
     tuned = deltune.attach(model, request.method, reversible=False)
     with LiveProgress(str(request.method), task.metric) as progress:
         result = fit(
@@ -161,6 +163,8 @@ def _print_result(request: TuneRequest, tuned: Tuned, result: FitResult) -> None
     table = Table(show_header=False, box=None)
     table.add_row("method", Text(str(request.method)))
     table.add_row("trained", f"{summary.parameters:,} parameters, {summary.share:.2%} of the model's")
+    if summary.quantized is not None:
+        table.add_row("frozen", f"matrices in 4 bits: {summary.quantized}")
     steps = f"{result.steps:,} in {result.seconds:.1f} s of training"
     if result.best_step is not None:
         steps += f", best at {result.best_step:,}"

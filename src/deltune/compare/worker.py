@@ -138,7 +138,9 @@ def _train(
     with PeakMemory(device) as memory:
         # the head is drawn first, so all methods start from the same one
         transformers.set_seed(seed)
-        model = data.task.load_model(comparison.model, tokenizer=tokenizer, dropout=comparison.model_dropout)
+        model = data.task.load_model(
+            comparison.model, tokenizer=tokenizer, dropout=comparison.model_dropout, format=method.base_format
+        )
         tuned = attach(model, method, reversible=False)
         outcome = fit(
             tuned,

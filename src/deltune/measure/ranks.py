@@ -74,7 +74,7 @@ def rank_picture(ranks: Mapping[str, int], path: str | Path, title: str = "") ->
         axes.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
         for row, numbers in enumerate(grid):
             for column, rank in enumerate(numbers):
-                if rank == rank:  # noqa: PLR0124 - not for pairs that do not exist
+                if rank == rank:
                     color = "white" if rank > 0.6 * highest else "#333333"
                     axes.text(column, row, f"{rank:g}", ha="center", va="center", color=color)
         axes.set_xticks(range(len(layers)), layers, rotation=90 if len(layers) > 8 else 30, ha="center")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy, Targets
 from deltune.errors import MethodError, suggestion
 from deltune.methods.options import check, converted, type_name
+from deltune.quantization import NF4
 from deltune.sites import Form, Insertion, ParameterSite, Site
 
 __all__ = ["Branch", "Method", "Paper", "Placement", "Sum"]
@@ -104,6 +105,11 @@ class Method(ABC):
             forms: the forms of this attachment by key, whose shapes training may have changed.
         """
         return self
+
+    @property
+    def base_format(self) -> NF4 | None:
+        """How the frozen model is to be stored where deltune loads it; None, the default, for as it is."""
+        return None
 
     def prepare(  # noqa: B027
         self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]
@@ -249,6 +255,18 @@ class Sum(Method):
     def stored(self, forms: Mapping[str, Form]) -> Method:
         """The sum of the parts as they are stored."""
         return Sum(tuple(method.stored(_part(forms, number)) for number, method in enumerate(self.methods)))
+
+    @property
+    def base_format(self) -> NF4 | None:
+        """That of the parts that say one.
+
+        Raises:
+            MethodError: if they say different ones.
+        """
+        formats = list(dict.fromkeys(found for method in self.methods if (found := method.base_format) is not None))
+        if len(formats) > 1:
+            raise MethodError(f"{self} asks for a model that is quantised in two ways: {formats[0]} and {formats[1]}.")
+        return formats[0] if formats else None
 
     def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
         """Every part's own set-up, all from the same batches."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deltune.quantization.format import NF4
 from deltune.quantization.layers import NF4Linear, dense_weight, is_quantized
 from deltune.quantization.load import load_quantized
-from deltune.quantization.model import Storage, dequantize, quantize, storage
+from deltune.quantization.model import Storage, dequantize, format_of, quantize, storage
 
 __all__ = [
     "NF4",
@@ -13,6 +13,7 @@ __all__ = [
     "Storage",
     "dense_weight",
     "dequantize",
+    "format_of",
     "is_quantized",
     "load_quantized",
     "quantize",

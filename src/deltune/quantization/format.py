@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,28 @@ class NF4:
             raise MethodError(f"NF4: there is no engine {self.engine!r}. {suggestion(self.engine, ENGINES)}")
         if self.engine == "bitsandbytes" and self.compute_dtype == torch.float64:
             raise MethodError("NF4: bitsandbytes computes in 32 bits at most; float64 needs engine='torch'.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as plain values, for files."""
+        dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
+        return {**vars(self), "format": "nf4", "compute_dtype": dtype}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NF4:
+        """As :meth:`to_dict` wrote it.
+
+        Raises:
+            MethodError: if it is another format.
+        """
+        rest = dict(values)
+        if rest.pop("format") != "nf4":
+            raise MethodError(f"This deltune knows the format nf4, not {values['format']!r}. Upgrade deltune.")
+        dtype = rest["compute_dtype"]
+        return cls(**{**rest, "compute_dtype": None if dtype is None else getattr(torch, dtype)})
+
+    def same_levels(self, other: NF4) -> bool:
+        """Whether both store a matrix as the same numbers."""
+        return (self.block, self.double_quantization) == (other.block, other.double_quantization)
 
     @property
     def bits_per_weight(self) -> float:

@@ -168,6 +168,21 @@ def dense_weight(module: nn.Module) -> Tensor:
     return dense
 
 
+def layer_format(module: nn.Module) -> NF4:
+    """How a quantised module is stored.
+
+    Raises:
+        StateError: if it is not NF4.
+    """
+    if isinstance(module, NF4Linear):
+        return NF4(module.second_scales is not None, module.compute_dtype, module.block, "torch")
+    layer: Any = module
+    state = layer.weight.quant_state
+    if state is None or state.quant_type != "nf4":
+        raise StateError(f"This model is quantised, but not in NF4 ({getattr(state, 'quant_type', 'no state')}).")
+    return NF4(bool(state.nested), layer.compute_dtype, int(state.blocksize), "bitsandbytes")
+
+
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of a quantised module's weight and scales, without the tables of levels, which are the same everywhere."""
     if isinstance(module, NF4Linear):

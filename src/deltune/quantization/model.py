@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from deltune.backbone import anatomy_of, matrix_shape
 from deltune.errors import StateError, TargetError
 from deltune.quantization.format import NF4
-from deltune.quantization.layers import dense_weight, is_quantized, make_layer, stored_bytes
+from deltune.quantization.layers import dense_weight, is_quantized, layer_format, make_layer, stored_bytes
 
-__all__ = ["Storage", "dequantize", "linear_maps", "quantize", "quantized_layer", "replace", "storage"]
+__all__ = [
+    "Storage",
+    "dequantize",
+    "dequantize_layers",
+    "format_of",
+    "linear_maps",
+    "parameter_count",
+    "quantize",
+    "quantized_layer",
+    "replace",
+    "storage",
+]
 
 #: The attribute by which a model knows its handle (deltune.tuned.HANDLE, which stands above this file).
 HANDLE = "_deltune_handle"
@@ -63,6 +74,11 @@ def dequantize(model: nn.Module) -> nn.Module:
         StateError: if something is attached, or nothing is quantised.
     """
     _refuse_attached(model, "dequantise")
+    return dequantize_layers(model)
+
+
+def dequantize_layers(model: nn.Module) -> nn.Module:
+    """As :func:`dequantize`, of a model that may have methods attached, which must not be live."""
     places = _places(model, (name for name, module in _named(model) if is_quantized(module)))
     if not places:
         raise StateError("Nothing in this model is quantised.")
@@ -93,6 +109,9 @@ class Storage:
         """Bits of one weight."""
         return 8 * self.bytes / self.parameters
 
+    def __str__(self) -> str:
+        return f"{self.parameters:,} in {self.bytes:,} bytes, {self.bits_per_parameter:.3f} bits each"
+
 
 def storage(model: nn.Module) -> Storage:
     """Size of the quantised part of ``model``.
@@ -105,6 +124,23 @@ def storage(model: nn.Module) -> Storage:
         raise StateError("Nothing in this model is quantised.")
     shapes = (matrix_shape(module) or () for module in modules)
     return Storage(sum(prod(shape) for shape in shapes), sum(stored_bytes(module) for module in modules))
+
+
+def format_of(model: nn.Module) -> NF4 | None:
+    """How the layers of ``model`` are stored in 4 bits; None if they are not.
+
+    Raises:
+        StateError: if they are stored in another format than NF4.
+    """
+    formats = [layer_format(module) for module in model.modules() if is_quantized(module)]
+    # where bitsandbytes cannot store a matrix, deltune's own layer stands in
+    return next((item for item in formats if item.engine == "bitsandbytes"), formats[0] if formats else None)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Values of the model's parameters, tied ones once; those of packed weights are counted before packing."""
+    packed = {id(module.weight): prod(matrix_shape(module) or ()) for module in model.modules() if is_quantized(module)}
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def linear_maps(model: nn.Module) -> list[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -113,7 +114,9 @@ class Task(ABC):
         """Configuration values that the task's head needs, such as ``num_labels``; empty by default."""
         return {}
 
-    def load_model(self, path: str, *, tokenizer: Any = None, dropout: float | None = None, **options: Any) -> Any:
+    def load_model(
+        self, path: str, *, tokenizer: Any = None, dropout: float | None = None, format: Any = None, **options: Any
+    ) -> Any:
         """Loads a pretrained model with the task's head.
 
         Args:
@@ -122,6 +125,8 @@ class Task(ABC):
                 decoders, which look for the last token that is not padding.
             dropout: Where given, every dropout of the model gets this probability. A frozen model needs none, and
                 short trainings learn faster without.
+            format: How the matrices of the layers are stored, a :class:`deltune.NF4`; they are quantised one by one
+                while the folder is read. As in the folder if None.
             **options: Passed on to ``from_pretrained``; ``dtype`` is float32 by default.
 
         Raises:
@@ -131,6 +136,8 @@ class Task(ABC):
         import torch
         import transformers
 
+        from deltune.quantization import load_quantized
+
         required = self.model_options()
         clashing = sorted(required.keys() & options.keys())
         if clashing:
@@ -139,7 +146,13 @@ class Task(ABC):
         try:
             if dropout is not None:
                 options.update(_dropouts(transformers.AutoConfig.from_pretrained(path), dropout))
-            model = getattr(transformers, self.auto_class).from_pretrained(path, **required, **options)
+            kind = getattr(transformers, self.auto_class)
+            if format is None:
+                model = kind.from_pretrained(path, **required, **options)
+            else:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Not in the files and therefore new")  # a new head is the rule
+                    model = load_quantized(path, kind, format, **required, **options)
         except OSError as error:
             raise _unloadable("model", path, error) from error
         except RuntimeError as error:

@@ -24,11 +24,10 @@ from deltune.methods.reparameterized.singular_triplets import (
     SingularTriplets,
     allocate,
     final_ranks,
-    rank_table,
 )
 from deltune.sites import Form, Insertion, weight_sites
 
-__all__ = ["AdaLoRA", "final_ranks", "rank_table"]
+__all__ = ["AdaLoRA", "final_ranks"]
 
 
 @register
@@ -73,8 +72,8 @@ class AdaLoRA(Method):
         ...     tuned.model(ids, labels=torch.randint(2, (4,))).loss.backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        >>> from deltune.methods.reparameterized.adalora import final_ranks, rank_table
-        >>> ranks = final_ranks(tuned.attachments["default"].forms)  # print(rank_table(ranks)) shows them
+        >>> from deltune.methods.reparameterized.adalora import final_ranks
+        >>> ranks = final_ranks(tuned.attachments["default"].forms)  # deltune.measure.rank_table shows them
         >>> sum(ranks.values())  # 12 matrices
         24
 
@@ -121,7 +120,7 @@ class AdaLoRA(Method):
     paper: ClassVar[Paper] = Paper(
         "Zhang et al.", "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", 2023, "2303.10512"
     )
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

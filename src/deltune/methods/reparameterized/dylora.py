@@ -156,8 +156,8 @@ class DyLoRA(Method):
         Parameters: r (d_in + d_out) for each matrix. BERT-base, queries and values, r = 8: 294,912 (0.27 %); b / r of
             them at rank b.
         Memory: as LoRA of rank r; during an optimizer step also a copy of A, B and their moments.
-        Time: as LoRA of rank b, which is (r + 1) / 2 on average. More steps than for one rank, since by default each
-            trains one component; fewer than for a search over all ranks.
+        Time: as LoRA of rank b, which is (r + 1) / 2 on average. Somewhat more steps than for one rank, and several
+            times as many with ``update=frozen``, since each trains one component then.
         Inference: as LoRA of the chosen rank; none after merging.
 
     Terms:
@@ -179,15 +179,17 @@ class DyLoRA(Method):
             --method dylora --rank 16 --epochs 6
 
     Differs from the paper:
-        ``update=frozen``, the default as in the authors' script, trains component b alone in a step; ``nested`` trains
-        the first b. The paper's frozen components do not move. In the authors' code they do, by momentum from earlier
-        steps and by weight decay: ``leak`` reproduces that; by default values and moments of all components that the
-        step does not train are put back, in both modes. Adam's count of steps is that of the whole matrix. The rank of
-        a step follows from ``rank_seed`` and the step's number, so that a stopped run goes on with the same ranks and
-        all processes agree. The default learning rate is above the 4e-4 to 5e-4 of the authors' scripts, and there is
-        no weight decay instead of 0.1. Their code changes linear maps alone, and a fused matrix of queries, keys and
-        values by a plain LoRA; here its parts are as dynamic as others. Saved at its full rank, a DyLoRA stays one, of
-        which any rank can be chosen after loading; cut to a smaller rank, the file is a plain LoRA of that rank.
+        ``update=nested`` trains the first b components in a step; ``frozen``, as in the authors' script, component b
+        alone, which takes that many times more steps: on movie reviews 470 steps brought 82 % nested and 77 % frozen,
+        so nested is the default here. The paper's frozen components do not move. In the authors' code they do, by
+        momentum from earlier steps and by weight decay: ``leak`` reproduces that; by default values and moments of all
+        components that the step does not train are put back, in both modes. Adam's count of steps is that of the whole
+        matrix. The rank of a step follows from ``rank_seed`` and the step's number, so that a stopped run goes on with
+        the same ranks and all processes agree. The default learning rate is above the 4e-4 to 5e-4 of the authors'
+        scripts, and there is no weight decay instead of 0.1. Their code changes linear maps alone, and a fused matrix
+        of queries, keys and values by a plain LoRA; here its parts are as dynamic as others. Saved at its full rank, a
+        DyLoRA stays one, of which any rank can be chosen after loading; cut to a smaller rank, the file is a plain LoRA
+        of that rank.
 
     Source:
         Valipour et al. 2022, arXiv 2210.07558, section 4; authors' code: huawei-noah/Efficient-NLP, DyLoRA.
@@ -197,9 +199,9 @@ class DyLoRA(Method):
     alpha: float = option(16.0, "numerator of the scale alpha / b", minimum=0, exclusive=True)
     dropout: float = option(0.0, "dropout of the branch's input while training", minimum=0, maximum=0.99)
     update: str = option(
-        "frozen",
-        "what a step of rank b trains: component b alone (frozen), or the first b (nested)",
-        choices=("frozen", "nested"),
+        "nested",
+        "what a step of rank b trains: the first b components (nested), or component b alone (frozen)",
+        choices=("nested", "frozen"),
     )
     leak: bool = option(False, "let momentum and weight decay move what a step does not train, as in the authors' code")
     distribution: str = option("uniform", "law of the ranks: uniform or geometric", choices=("uniform", "geometric"))
@@ -221,7 +223,7 @@ class DyLoRA(Method):
         2022,
         "2210.07558",
     )
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     mergeable: ClassVar[bool] = True
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:

@@ -193,7 +193,7 @@ class KronA(Method):
     paper: ClassVar[Paper] = Paper(
         "Edalati et al.", "KronA: Parameter Efficient Tuning with Kronecker Adapter", 2022, "2212.10650"
     )
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     mergeable: ClassVar[bool] = True
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
@@ -269,7 +269,7 @@ class KronAB(Method):
     branch: ClassVar[str] = "reparameterized"
     insertion: ClassVar[Insertion] = Insertion.PARALLEL
     paper: ClassVar[Paper] = KronA.paper
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     unchanged_at_start: ClassVar[bool] = False
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deltune.backbone import PROJECTION_ROLES, Anatomy, Targets
 from deltune.errors import MethodError
+from deltune.methods.reparameterized.decompositions import truncated_svd
 from deltune.sites import WeightForm, WeightSite
 
 __all__ = ["DecomposedLowRank", "LowRank", "PrincipalLowRank", "RankPattern", "checked_rank", "low_rank_of"]
@@ -132,11 +133,11 @@ class PrincipalLowRank(LowRank):
     def __init__(self, site: WeightSite, matrix: Tensor, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(site, rank, scale, dropout)
         if not matrix.is_meta:
-            left, values, right = torch.linalg.svd(matrix.detach().float(), full_matrices=False)
-            root = (values[:rank] / scale).sqrt()
+            left, values, right = truncated_svd(matrix, rank)
+            root = (values / scale).sqrt()
             with torch.no_grad():
-                self.A.copy_(root[:, None] * right[:rank])
-                self.B.copy_(left[:, :rank] * root)
+                self.A.copy_(root[:, None] * right)
+                self.B.copy_(left * root)
         self.register_buffer("A0", self.A.detach().clone())
         self.register_buffer("B0", self.B.detach().clone())
 

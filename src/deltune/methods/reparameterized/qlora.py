@@ -8,11 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from deltune.backbone import Targets
 from deltune.methods.base import Paper
 from deltune.methods.options import option
 from deltune.methods.registry import register
 from deltune.methods.reparameterized.lora import LoRA
+from deltune.quantization import NF4
+from deltune.quantization.format import ENGINES
 
 __all__ = ["QLoRA"]
 
@@ -22,9 +26,10 @@ __all__ = ["QLoRA"]
 class QLoRA(LoRA):
     r"""LoRA beside a quantised model, h = W4 x + s B A x with W4 the matrix as stored in 4 bits and s = alpha / r.
 
-    The model is quantised first (``deltune.quantize``, or ``deltune.quantization.load_quantized`` for one that does not
-    fit into memory otherwise); the method is LoRA with the paper's hyperparameters and works on any model. B is zero at
-    the start, so that the adapted model equals the quantised one, not the original, exactly.
+    ``deltune tune``, ``compare``, ``eval`` and ``predict`` load the model straight into 4 bits, a matrix at a time. In
+    Python the model is quantised first (``deltune.quantize``, or ``deltune.quantization.load_quantized`` for one that
+    does not fit into memory otherwise); the method is LoRA with the paper's hyperparameters and works on any model. B
+    is zero at the start, so that the adapted model equals the quantised one, not the original, exactly.
 
     When to use:
         Where the frozen weights are what does not fit: models of some billions of parameters on one device. A small
@@ -37,8 +42,9 @@ class QLoRA(LoRA):
         Memory: 4.127 bits for each frozen weight of the layers instead of 16 or 32; gradients and optimizer state of A
             and B alone; activations as LoRA's.
         Time: above LoRA's on the unquantised model, as each matrix is dequantised in either direction.
-        Inference: as in training. Folded into the 4-bit matrices most of the change would be lost: attach it to a model
-            that is dequantised (``deltune.quantization.dequantize``) or was never quantised, and merge there.
+        Inference: as in training. Folded into the 4-bit matrices most of the change would be lost: ``deltune merge``
+            folds it into the dequantised model (``tuned.merge(dequantize=True, reversible=False)``), or into the
+            original one with ``--into original``, and says how far the results are from those of training.
 
     Terms:
         Site: linear maps; by default all of the attention and feed-forward sublayers.
@@ -74,8 +80,27 @@ class QLoRA(LoRA):
     dropout: float = option(0.1, "dropout of the branch's input while training", minimum=0, maximum=0.99)
     targets: Targets = option(Targets(("attention.*", "ffn.*")), "which matrices to change")
 
+    double_quantization: bool = option(True, "store the scales of the 4-bit blocks in 8 bits")
+    block: int = option(64, "weights that share one scale, a power of two from 32 to 4096", minimum=32, maximum=4096)
+    compute_dtype: str = option(
+        "auto",
+        "type of the products; auto is that of the weights before",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    engine: str = option("bitsandbytes", "what quantises and multiplies", choices=ENGINES)
+
     name: ClassVar[str] = "qlora"
     paper: ClassVar[Paper] = Paper(
         "Dettmers et al.", "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, "2305.14314"
     )
     learning_rate: ClassVar[float] = 2e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.base_format  # noqa: B018 - refuses what makes no format
+
+    @property
+    def base_format(self) -> NF4:
+        """NF4, as the options say."""
+        dtype = None if self.compute_dtype == "auto" else getattr(torch, self.compute_dtype)
+        return NF4(self.double_quantization, dtype, self.block, self.engine)

@@ -5,7 +5,6 @@ Letters: d_in and d_out the matrix's width and height, r the initial rank, t the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 from deltune.methods.reparameterized.low_rank import LowRank, low_rank_of
 from deltune.sites import Form, WeightSite
 
-__all__ = ["BudgetSchedule", "SingularTriplets", "allocate", "final_ranks", "rank_table"]
-
-_LAYER_KEY = re.compile(r"(?P<layer>(\d+\.)?\w+\.\d+)\.(?P<role>.+)")
+__all__ = ["BudgetSchedule", "SingularTriplets", "allocate", "final_ranks", "orthonormality", "smooth"]
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,7 @@ class SingularTriplets(LowRank):
             now = torch.zeros_like(sensitivity)
             if value.grad is not None:
                 now = (value.to(now) * value.grad.to(now)).abs()
-            sensitivity.mul_(beta1).add_(now, alpha=1 - beta1)
-            # the distance from the mean that knows this step already
-            uncertainty.mul_(beta2).add_((now - sensitivity).abs(), alpha=1 - beta2)
+            smooth(sensitivity, uncertainty, now, beta1, beta2)
 
     def scores(self) -> Tensor:
         """The importance (r) of each triplet: of its entry of Lambda, and on average of its two vectors."""
@@ -128,14 +123,7 @@ class SingularTriplets(LowRank):
 
     def deviations(self) -> list[Tensor]:
         """P^T P - I and Q Q^T - I, both (r, r), in float32 at least."""
-        kind = self.A.device.type
-        # half precision would drown what is left of the deviation near the end
-        exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-        with exact:
-            wide = torch.promote_types(self.A.dtype, torch.float32)
-            P, Q = self.B.to(wide), self.A.to(wide)
-            unit = torch.eye(self.rank, dtype=P.dtype, device=P.device)
-            return [P.T @ P - unit, Q @ Q.T - unit]
+        return orthonormality(self.B, self.A)
 
     def stored(self) -> LowRank | None:
         """The triplets that are not dropped as a plain low-rank change; None if there is none."""
@@ -149,6 +137,26 @@ class SingularTriplets(LowRank):
             # a file's scale is alpha / rank
             factor_B = factor_B * (count / self.whole)
         return low_rank_of(factor_A, factor_B, self.scale * self.whole / count)
+
+
+@torch.no_grad()
+def smooth(sensitivity: Tensor, uncertainty: Tensor, now: Tensor, beta1: float, beta2: float) -> None:
+    """Let the running means of a sensitivity, and of its distance from its mean, learn in place from a step."""
+    sensitivity.mul_(beta1).add_(now, alpha=1 - beta1)
+    # the distance from the mean that knows this step already
+    uncertainty.mul_(beta2).add_((now - sensitivity).abs(), alpha=1 - beta2)
+
+
+def orthonormality(P: Tensor, Q: Tensor) -> list[Tensor]:
+    """P^T P - I and Q Q^T - I, both (r, r), of P (d_out, r) and Q (r, d_in), in float32 at least."""
+    kind = Q.device.type
+    # half precision would drown what is left of the deviation near the end
+    exact = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with exact:
+        wide = torch.promote_types(Q.dtype, torch.float32)
+        P, Q = P.to(wide), Q.to(wide)
+        unit = torch.eye(len(Q), dtype=Q.dtype, device=Q.device)
+        return [P.T @ P - unit, Q @ Q.T - unit]
 
 
 @torch.no_grad()
@@ -175,20 +183,3 @@ def final_ranks(forms: Mapping[str, Form]) -> dict[str, int]:
         for key, form in forms.items()
         if isinstance(form, LowRank)
     }
-
-
-def rank_table(ranks: Mapping[str, int]) -> str:
-    """Ranks by key as a table: a line for each layer, a column for each kind of matrix, and the sums."""
-    cells: dict[str, dict[str, int]] = {}
-    for key, rank in ranks.items():
-        place = _LAYER_KEY.fullmatch(key)
-        layer, role = (place["layer"], place["role"]) if place else (key, "rank")
-        cells.setdefault(layer, {})[role] = rank
-    roles = list(dict.fromkeys(role for row in cells.values() for role in row))
-    sums = {role: sum(row.get(role, 0) for row in cells.values()) for role in roles}
-    first, widths = max(map(len, [*cells, "layer"])), [max(len(role), 5) for role in roles]
-    lines = [["layer".ljust(first), *(role.rjust(width) for role, width in zip(roles, widths, strict=True)), "  sum"]]
-    for label, row in [*cells.items(), ("sum", sums)]:
-        numbers = [str(row.get(role, "")).rjust(width) for role, width in zip(roles, widths, strict=True)]
-        lines.append([label.ljust(first), *numbers, str(sum(row.values())).rjust(5)])
-    return "\n".join("  ".join(line) for line in lines)
