@@ -73,7 +73,7 @@ def test_a_stopped_run_ends_in_the_same_bits(options: str, tmp_path: Path) -> No
     whole = tiny.classifier(method)
     expected = run(whole, tmp_path / "whole")
     assert expected.steps == 12
-    for seed, step in enumerate((1, 5, 7, 11)):
+    for seed, step in enumerate((5, 7)):
         with pytest.raises(KeyboardInterrupt):
             run(tiny.classifier(method, seed=seed), tmp_path / "stopped", callbacks=[StopAt(step)])
     last = tiny.classifier(method, seed=99)

@@ -319,3 +319,10 @@ def test_a_model_with_methods_attached_is_refused() -> None:
 def test_linear_maps_are_found_without_values() -> None:
     assert len(linear_maps(LLAMA.model())) == 210
     assert len(linear_maps(BERT_BASE.model())) == 72
+
+
+@engines
+def test_a_dequantised_model_has_one_type_whatever_the_layers_computed_in(engine: str) -> None:
+    model = dequantize(quantized("llama", "language", deltune.NF4(compute_dtype=torch.bfloat16, engine=engine)))
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert output(model, ARCHITECTURES["llama"].batch(head="language")).dtype == torch.float32

@@ -44,7 +44,7 @@ def load_delta(model: str, delta: Path, device: str | None = None, *, quantized:
     quiet_libraries()
     import deltune
     from deltune.checkpoints import read_description
-    from deltune.quantization import NF4
+    from deltune.quantization import NF4, reader
     from deltune.tasks import task_from_description
     from deltune.training.devices import usable_device
 
@@ -58,7 +58,7 @@ def load_delta(model: str, delta: Path, device: str | None = None, *, quantized:
     task = task_from_description(description["task"])
     tokenizer = task.load_tokenizer(model)
     stored = description["base_model"].get("quantization") if quantized else None
-    base = task.load_model(model, tokenizer=tokenizer, format=None if stored is None else NF4.from_dict(stored))
+    base = task.load_model(model, tokenizer=tokenizer, read=reader(None if stored is None else NF4.from_dict(stored)))
     tuned = deltune.load(base, delta)
     tuned.model.to(place)
     tuned.model.eval()

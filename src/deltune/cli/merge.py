@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Drift", "merge"]
 
-_INTO = ("dequantized", "original")
+_INTO = ("dequantized", "original", "quantized")
 _PROBE_ROWS, _PROBE_TOKENS = 4, 16
 #: Merging in float32 drifts by about a millionth; by this much the folder holds something else.
 _LARGEST_DRIFT = 0.05
+#: A folder in 4 bits is read as it was written, up to the order of sums.
+_LARGEST_DIFFERENCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def merge(
         str,
         typer.Option(
             help="Of a delta that was trained beside a quantised model: fold it into the numbers that training used "
-            "(dequantized), or into those of the folder (original)."
+            "(dequantized) or into those of the folder (original); or quantise the merged model again (quantized), "
+            "which loses part of the change."
         ),
     ] = "dequantized",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
@@ -79,21 +82,27 @@ def merge(
     before = _logits(loaded.tuned.model)
     method = str(loaded.tuned.attachments[loaded.tuned.active[0]].method)
     stored = format_of(loaded.tuned.model)
+    if stored is None and into != "dequantized":
+        raise StateError(f"--into {into} is for deltas that were trained beside a quantised model. Leave it out.")
     if stored is not None and into == "original":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the model is not quantised is what was asked for
             loaded = load_delta(model, delta, "cpu", quantized=False)
     merged = loaded.tuned.merge(reversible=False, dequantize=True)
+    if stored is not None and into == "quantized":
+        merged = quantize(merged, stored)
     try:
-        # the original matrices are not those of the training
-        drift = _write(merged, loaded.tokenizer, before, output, exact=stored is None or into == "dequantized")
+        # the original matrices, and those that are rounded anew, are not those of the training
+        drift = _write(merged, loaded.tokenizer, before, output, exact=into == "dequantized")
     except OSError as error:
         full = error.errno == errno.ENOSPC or "No space left" in str(error)
         raise CheckpointError(
             f"Could not write {output}: {'the disk is full' if full else error}. What stood there before is untouched. "
             "Free some space or choose another folder, and run the same command again."
         ) from error
-    again = None if stored is None else Drift.between(before, _logits(quantize(merged, stored)))
+    again = drift if into == "quantized" else None
+    if again is None and stored is not None:
+        again = Drift.between(before, _logits(quantize(merged, stored)))
     if json:
         found = {"output": str(output), "method": method, "drift": vars(drift)}
         print_json(found if again is None else {**found, "into": into, "drift_if_quantized_again": vars(again)})
@@ -103,7 +112,12 @@ def merge(
         f"({drift.relative:.2g} of the greatest) from those of the model with the delta; "
         f"{drift.agreement:.1%} of the positions prefer the same."
     )
-    if again is not None:
+    if into == "quantized":
+        typer.echo(
+            "It is in 4 bits, and rounding has lost part of the change. Load it with "
+            "deltune.quantization.load_quantized, or where bitsandbytes is installed with from_pretrained."
+        )
+    elif again is not None:
         typer.echo(
             f"It holds floating-point numbers, merged into the {into} matrices. Quantised again as in training its "
             f"logits would differ by {again.relative:.2g} of the greatest, {again.agreement:.1%} preferring the same: "
@@ -114,7 +128,8 @@ def merge(
 def _write(model: Any, tokenizer: Any, before: Tensor, output: Path, *, exact: bool) -> Drift:
     """Write the folder beside its place, read it again, compare, and put it in its place.
 
-    Where the logits have to be those of before, a folder with others is refused; otherwise one that gives none.
+    Where the logits have to be those of before, a folder with others is refused; otherwise one that gives others than
+    the merged model.
     """
     from deltune.training.snapshot import remove_unfinished
 
@@ -129,8 +144,13 @@ def _write(model: Any, tokenizer: Any, before: Tensor, output: Path, *, exact: b
             if "No space left" in str(error) and not isinstance(error, OSError):
                 raise OSError(errno.ENOSPC, str(error)) from error
             raise
-        drift = Drift.between(before, _logits(type(model).from_pretrained(folder).eval()))
-        if not drift.relative <= (_LARGEST_DRIFT if exact else float("inf")):
+        found = _logits(_read(model, folder))
+        drift = Drift.between(before, found)
+        if not exact and not Drift.between(_logits(model), found).relative <= _LARGEST_DIFFERENCE:
+            raise StateError(
+                f"The folder for {output} was written, but read again it does not do the same. It is gone."
+            )
+        if exact and not drift.relative <= _LARGEST_DRIFT:
             raise StateError(
                 f"The merged model does not do the same: on a probe batch its logits differ by {drift.largest:.3g}, "
                 f"{drift.relative:.1%} of the greatest. Nothing was written. Keep the delta beside the model, or merge "
@@ -140,6 +160,16 @@ def _write(model: Any, tokenizer: Any, before: Tensor, output: Path, *, exact: b
             shutil.rmtree(output)
         folder.rename(output)
     return drift
+
+
+def _read(model: Any, folder: Path) -> Any:
+    """The model that was written, stored as ``model`` is."""
+    from deltune.quantization import format_of, load_quantized
+
+    stored = format_of(model)
+    if stored is None:
+        return type(model).from_pretrained(folder).eval()
+    return load_quantized(folder, type(model), stored)
 
 
 def _logits(model: Any) -> Tensor:

@@ -123,9 +123,12 @@ def _run(request: TuneRequest) -> tuple[Tuned, FitResult]:
 
     import deltune
     from deltune.cli.progress import LiveProgress
+    from deltune.quantization import reader
     from deltune.tasks import read_dataset, split_dataset
     from deltune.training import fit
+    from deltune.training.devices import usable_device
 
+    request.settings.check_optimizer(usable_device(request.settings.device))
     train = read_dataset(request.data, request.split, request.limit)
     task = request.task.from_data(train, **request.task_options)
     evaluation = None
@@ -136,7 +139,7 @@ def _run(request: TuneRequest) -> tuple[Tuned, FitResult]:
         evaluation = read_dataset(request.evaluation or request.data, request.evaluation_split)
     tokenizer = task.load_tokenizer(request.model)
     torch.manual_seed(request.settings.seed)
-    model = task.load_model(request.model, tokenizer=tokenizer, format=request.method.base_format)
+    model = task.load_model(request.model, tokenizer=tokenizer, read=reader(request.method.base_format))
     tuned = deltune.attach(model, request.method, reversible=False)
     with LiveProgress(str(request.method), task.metric) as progress:
         result = fit(

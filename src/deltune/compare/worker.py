@@ -26,6 +26,7 @@ from deltune.compare.plan import MAJORITY, Comparison
 from deltune.compare.worker_job import Job
 from deltune.errors import DeltuneError
 from deltune.measure import PeakMemory, provenance, release_memory, resident_bytes
+from deltune.quantization import reader
 from deltune.training import FitResult, TrainingSettings, fit
 from deltune.tuned import Tuned, attach
 
@@ -139,7 +140,7 @@ def _train(
         # the head is drawn first, so all methods start from the same one
         transformers.set_seed(seed)
         model = data.task.load_model(
-            comparison.model, tokenizer=tokenizer, dropout=comparison.model_dropout, format=method.base_format
+            comparison.model, tokenizer=tokenizer, dropout=comparison.model_dropout, read=reader(method.base_format)
         )
         tuned = attach(model, method, reversible=False)
         outcome = fit(

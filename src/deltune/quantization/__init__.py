@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from deltune.quantization.format import NF4
 from deltune.quantization.layers import NF4Linear, dense_weight, is_quantized
-from deltune.quantization.load import load_quantized
+from deltune.quantization.load import load_quantized, reader
 from deltune.quantization.model import Storage, dequantize, format_of, quantize, storage
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "is_quantized",
     "load_quantized",
     "quantize",
+    "reader",
     "storage",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -14,15 +16,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from deltune.backbone import Anatomy, anatomy_of
+from deltune.backbone import Anatomy, anatomy_of, matrix_shape
 from deltune.errors import CheckpointError
+from deltune.measure import release_memory
 from deltune.quantization.format import NF4, bitsandbytes
-from deltune.quantization.model import linear_maps, quantized_layer, replace
+from deltune.quantization.model import linear_maps, mark, quantized_layer, replace
+from deltune.quantization.saving import packed_layer, stored_format
 
-__all__ = ["load_quantized"]
+__all__ = ["load_quantized", "reader"]
 
 _FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+#: Bytes of tensors after which memory is given back to the system.
+_RELEASED = 2**26
+#: What a tensor's name is followed by where bitsandbytes' record of its quantisation stands.
+_RECORD = ".quant_state.bitsandbytes__nf4"
 
 
 def load_quantized(
@@ -38,12 +46,14 @@ def load_quantized(
 
     The model is built without values. Then one tensor after the other is read; a matrix is quantised at once. The
     result equals ``deltune.quantize(model_class.from_pretrained(path))``. Folders whose tensors transformers must split
-    or join (experts) are refused: load those with ``from_pretrained`` and quantise then.
+    or join (experts) are refused: load those with ``from_pretrained`` and quantise then. A folder that
+    ``save_pretrained`` of a quantised model wrote is read as it is, bit for bit.
 
     Args:
         path: the folder, with ``config.json`` and safetensors files.
         model_class: ``AutoModelForCausalLM``, or any other class of transformers.
-        format: how; by default NF4 with double quantisation by bitsandbytes.
+        format: how; by default NF4 with double quantisation by bitsandbytes. Of a folder that is quantised already
+            block and double quantisation must be those of the folder.
         dtype: type of all that is not quantised, and of the matrices before; by default as in the files.
         device: where the tensors go, and where they are quantised.
         **options: of the configuration, such as ``num_labels``.
@@ -58,19 +68,36 @@ def load_quantized(
     """
     from transformers import AutoConfig
 
-    format = format or NF4()
-    if format.engine == "bitsandbytes":
+    wanted = format or NF4()
+    if wanted.engine == "bitsandbytes":
         bitsandbytes()  # before hours of reading
     files = _files(Path(path))
     config = AutoConfig.from_pretrained(path, **options)
+    stored = stored_format(config)
+    if stored is not None:
+        del config.quantization_config
+        compute = wanted.compute_dtype or stored.compute_dtype
+        wanted = dataclasses.replace(wanted, compute_dtype=compute)
     build = getattr(model_class, "from_config", model_class)
     with _without_values():
         model: Any = build(config)
     model.eval()
     anatomy = anatomy_of(model)
-    _Filling(model, format, dtype, torch.device(device)).fill(files, anatomy)
+    _Filling(model, wanted, dtype, torch.device(device)).fill(files, anatomy)
     _generation_options(model, Path(path))
+    mark(model)
     return model
+
+
+def reader(format: NF4 | None) -> Callable[..., Any] | None:
+    """What reads a folder into this format, for ``Task.load_model(..., read=...)``; None for no format."""
+    return None if format is None else partial(_read, format)
+
+
+def _read(format: NF4, model_class: Any, path: str, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Not in the files and therefore new")  # a new head is the rule for tasks
+        return load_quantized(path, model_class, format, **options)
 
 
 class _Filling:
@@ -89,17 +116,28 @@ class _Filling:
         self.missing = set(self.tied)
 
     def fill(self, files: dict[str, Path], anatomy: Anatomy) -> None:
+        read = 0
         for key, file in files.items():
             name = self._name(key)
             if name is None:
                 continue  # of another head; what is missing instead is found below
+            if read > _RELEASED:
+                # unquantised matrices leave gaps between what stays, which the system would count as used
+                release_memory()
+                read = 0
             try:
                 # opened anew each time: a file that is mapped counts as memory as far as it was read
                 with safe_open(str(file), framework="pt") as stream:
-                    self._put(name, stream.get_tensor(key))
+                    value = stream.get_tensor(key)
+                read += value.nbytes
+                if f"{key}{_RECORD}" in files:
+                    self._put_packed(name, value, _beside(key, files))
+                else:
+                    self._put(name, value)
             except OSError as error:
                 raise CheckpointError(f"{file} cannot be read ({error}).") from error
         self._make_head(anatomy)
+        release_memory()
         for module in self.model.modules():
             for attribute, buffer in module._buffers.items():
                 if buffer is not None:
@@ -138,6 +176,20 @@ class _Filling:
         else:
             self._check(name, module._buffers[attribute], value)
             module._buffers[attribute] = value.to(self.device, copy=True)
+
+    def _put_packed(self, name: str, value: Tensor, parts: dict[str, Tensor]) -> None:
+        """A matrix that the files hold in 4 bits."""
+        owner = name.rpartition(".")[0]
+        names = self.matrices.get(owner)
+        if names is None:
+            raise CheckpointError(f"{owner} is quantised in the files, but it is none of the layers' linear maps.")
+        module = self.model.get_submodule(owner)
+        moved = {key: part.to(self.device, copy=True) for key, part in parts.items()}
+        shape = matrix_shape(module) or ()
+        if name in self.missing:
+            weight = value.to(self.device, copy=True)
+            replace(self.model, names, packed_layer(owner, weight, moved, module, shape, self.format))
+            self.missing.difference_update(self.tied[name])
 
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         for place in self.tied[name]:
@@ -181,6 +233,16 @@ class _Filling:
             self.model._init_weights(module)
         if new:
             warnings.warn(f"Not in the files and therefore new, to be trained: {', '.join(new)}.", stacklevel=4)
+
+
+def _beside(key: str, files: dict[str, Path]) -> dict[str, Tensor]:
+    """What the files hold beside the packed tensor ``key``, by the names of bitsandbytes."""
+    parts = {}
+    for other, file in files.items():
+        if other.startswith(f"{key}."):
+            with safe_open(str(file), framework="pt") as stream:
+                parts[other.removeprefix(f"{key}.")] = stream.get_tensor(other)
+    return parts
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from deltune.backbone import anatomy_of, matrix_shape
 from deltune.errors import StateError, TargetError
 from deltune.quantization.format import NF4
 from deltune.quantization.layers import dense_weight, is_quantized, layer_format, make_layer, stored_bytes
+from deltune.quantization.saving import SAVE, SavePretrained
 
 __all__ = [
     "Storage",
@@ -20,6 +21,7 @@ __all__ = [
     "dequantize_layers",
     "format_of",
     "linear_maps",
+    "mark",
     "parameter_count",
     "quantize",
     "quantized_layer",
@@ -34,10 +36,12 @@ HANDLE = "_deltune_handle"
 def quantize(model: nn.Module, format: NF4 | None = None) -> nn.Module:
     """Store the linear maps of the transformer layers in 4 bits, in place.
 
-    Embeddings, norms and heads stay as they are. One matrix after the other is replaced, so that no second copy of the
-    model exists meanwhile. To load a model that does not fit into memory unquantised, see
+    Embeddings, norms and heads stay as they are, and so does what transformers marks as to be kept in float32 (T5's
+    ``wo``, whose code reads the type of its weight). One matrix after the other is replaced, so that no second copy of
+    the model exists meanwhile. To load a model that does not fit into memory unquantised, see
     :func:`deltune.quantization.load_quantized`. Quantise first and attach then: the adapted model starts at the
-    quantised one, not at the original.
+    quantised one, not at the original. ``save_pretrained`` writes the layout of bitsandbytes from then on, which
+    ``load_quantized`` and transformers read.
 
     Args:
         model: a transformers model with nothing attached.
@@ -58,14 +62,22 @@ def quantize(model: nn.Module, format: NF4 | None = None) -> nn.Module:
         if module._forward_hooks or module._forward_pre_hooks:
             raise StateError(f"{names[0]} has hooks, which would be lost. Remove them first, and quantise then.")
         replace(model, names, quantized_layer(names[0], module, module.get_parameter("weight"), format))
+    mark(model)
     return model
+
+
+def mark(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model that deltune has quantised write what can be loaded again."""
+    if hasattr(model, SAVE):
+        model.__dict__[SAVE] = SavePretrained(model)
 
 
 def dequantize(model: nn.Module) -> nn.Module:
     """Store quantised matrices as floating-point numbers again, in place.
 
     These are the numbers that the products used, not the original ones. After that a delta that was trained beside the
-    quantised model can be merged. The type is the one that the layer computes in.
+    quantised model can be merged. The type is that of the model's other matrices, or the one that the layer computes in
+    if there are none.
 
     Returns:
         The model.
@@ -82,13 +94,18 @@ def dequantize_layers(model: nn.Module) -> nn.Module:
     places = _places(model, (name for name, module in _named(model) if is_quantized(module)))
     if not places:
         raise StateError("Nothing in this model is quantised.")
+    packed = {id(model.get_submodule(names[0])) for names in places}
+    plain = (module for module in model.modules() if id(module) not in packed)
+    types = (value.dtype for module in plain for value in module._parameters.values() if value is not None)
+    own = next((kind for kind in types if kind.is_floating_point), None)
     for names in places:
         old = model.get_submodule(names[0])
-        weight = dense_weight(old).to(getattr(old, "compute_dtype", None) or torch.float32)
+        weight = dense_weight(old).to(own or getattr(old, "compute_dtype", None) or torch.float32)
         new = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         new.weight = nn.Parameter(weight, requires_grad=False)
         new.register_parameter("bias", old._parameters.get("bias"))
         replace(model, names, new.train(old.training))
+    model.__dict__.pop(SAVE, None)
     return model
 
 

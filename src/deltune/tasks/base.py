@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +19,9 @@ from deltune.tasks.collation import Collator
 if TYPE_CHECKING:
     from datasets import Dataset
     from typing_extensions import Self
+
+#: Reads a folder as a model of a class, with options of its configuration.
+Reader = Callable[..., Any]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +117,13 @@ class Task(ABC):
         return {}
 
     def load_model(
-        self, path: str, *, tokenizer: Any = None, dropout: float | None = None, format: Any = None, **options: Any
+        self,
+        path: str,
+        *,
+        tokenizer: Any = None,
+        dropout: float | None = None,
+        read: Reader | None = None,
+        **options: Any,
     ) -> Any:
         """Loads a pretrained model with the task's head.
 
@@ -125,8 +133,8 @@ class Task(ABC):
                 decoders, which look for the last token that is not padding.
             dropout: Where given, every dropout of the model gets this probability. A frozen model needs none, and
                 short trainings learn faster without.
-            format: How the matrices of the layers are stored, a :class:`deltune.NF4`; they are quantised one by one
-                while the folder is read. As in the folder if None.
+            read: Reads the folder in place of ``from_pretrained``: called with the model's class, the path, and the
+                options. :func:`deltune.quantization.reader` gives one that quantises.
             **options: Passed on to ``from_pretrained``; ``dtype`` is float32 by default.
 
         Raises:
@@ -135,8 +143,6 @@ class Task(ABC):
         """
         import torch
         import transformers
-
-        from deltune.quantization import load_quantized
 
         required = self.model_options()
         clashing = sorted(required.keys() & options.keys())
@@ -147,12 +153,7 @@ class Task(ABC):
             if dropout is not None:
                 options.update(_dropouts(transformers.AutoConfig.from_pretrained(path), dropout))
             kind = getattr(transformers, self.auto_class)
-            if format is None:
-                model = kind.from_pretrained(path, **required, **options)
-            else:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "Not in the files and therefore new")  # a new head is the rule
-                    model = load_quantized(path, kind, format, **required, **options)
+            model: Any = (read or _read)(kind, path, **required, **options)
         except OSError as error:
             raise _unloadable("model", path, error) from error
         except RuntimeError as error:
@@ -340,6 +341,10 @@ def check_column_names(task: Task, options: Sequence[str]) -> None:
 
 def _json_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _read(kind: Any, path: str, **options: Any) -> Any:
+    return kind.from_pretrained(path, **options)
 
 
 def _unloadable(what: str, path: str, error: Exception) -> DeltuneError:

@@ -28,6 +28,8 @@ __all__ = ["FitTrainer", "history_of"]
 
 _KEPT_CHECKPOINTS = 2
 _SCHEDULES = {"linear": "linear", "constant": "constant_with_warmup", "cosine": "cosine"}
+#: Names of transformers; it chooses the implementation of adamw itself.
+_OPTIMIZERS = {"adamw-8bit": "adamw_8bit", "paged-adamw": "paged_adamw_32bit", "paged-adamw-8bit": "paged_adamw_8bit"}
 _EVALUATION = "eval_"
 
 
@@ -190,7 +192,9 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _arguments(settings: TrainingSettings, folder: Path) -> TrainingArguments:
     """The Trainer's arguments; what it would log, measure and save by itself is left to :class:`Flow`."""
     assert settings.steps is not None
+    optimizer = {"optim": _OPTIMIZERS[settings.optimizer]} if settings.optimizer in _OPTIMIZERS else {}
     arguments = TrainingArguments(
+        **optimizer,
         output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,11 @@ class TrainingSettings:
     warmup_ratio: float = _setting(0.06, "share of the steps in which the rate rises to its peak", minimum=0, maximum=1)
     schedule: str = _setting(
         "linear", "course of the learning rate after the warm-up", choices=("linear", "constant", "cosine")
+    )
+    optimizer: str = _setting(
+        "adamw",
+        "what makes the steps; the 8bit ones keep their state in 8 bits, the paged ones on CUDA only",
+        choices=("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"),
     )
     max_gradient_norm: float = _setting(
         1.0, "longer gradients are scaled down to this norm; 0 leaves them alone", minimum=0
@@ -128,7 +134,11 @@ class TrainingSettings:
             batches: number of batches of an epoch.
             device: kind of the device that was found.
             threads: threads that PyTorch uses now.
+
+        Raises:
+            TrainingError: if the optimizer is not for that device.
         """
+        self.check_optimizer(self.device or device)
         steps_per_epoch = self.steps_per_epoch(batches)
         steps = self.steps or max(1, math.ceil(self.epochs * steps_per_epoch))
         rate = learning_rate if self.learning_rate is None else self.learning_rate
@@ -145,6 +155,33 @@ class TrainingSettings:
             device=self.device or device,
             threads=self.threads or threads,
         )
+
+    def check_optimizer(self, device: str) -> None:
+        """Refuse an optimizer that this machine cannot have.
+
+        Args:
+            device: kind of the device that will be used.
+
+        Raises:
+            TrainingError: if it needs CUDA, or a package that is not installed.
+        """
+        if self.optimizer == "adamw":
+            return
+        plain = self.optimizer.removeprefix("paged-")
+        if plain != self.optimizer and device != "cuda":
+            raise TrainingError(
+                f"The optimizer {self.optimizer!r} moves its state between the memories of a CUDA device and of the "
+                f"host, and this run is on {device}. Use optimizer={plain}, which makes the same steps."
+            )
+        if device == "mps":
+            raise TrainingError(
+                f"The optimizer {self.optimizer!r} is for cpu and cuda, and this run is on mps. Use optimizer=adamw."
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise TrainingError(
+                f"The optimizer {self.optimizer!r} needs the package 'bitsandbytes', which is not installed. Install "
+                "it with: pip install 'deltune[quant]'. Or use optimizer=adamw."
+            )
 
     def steps_per_epoch(self, batches: int) -> int:
         """Steps that an epoch of that many batches has; the last may have fewer batches than the others."""

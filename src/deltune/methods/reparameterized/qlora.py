@@ -44,7 +44,8 @@ class QLoRA(LoRA):
         Time: above LoRA's on the unquantised model, as each matrix is dequantised in either direction.
         Inference: as in training. Folded into the 4-bit matrices most of the change would be lost: ``deltune merge``
             folds it into the dequantised model (``tuned.merge(dequantize=True, reversible=False)``), or into the
-            original one with ``--into original``, and says how far the results are from those of training.
+            original one with ``--into original``, and says how far the results are from those of training. ``--into
+            quantized`` rounds to 4 bits all the same.
 
     Terms:
         Site: linear maps; by default all of the attention and feed-forward sublayers.
@@ -70,7 +71,8 @@ class QLoRA(LoRA):
         The default rank is 16, not 64, which small models cannot have; alpha stays 16. Dropout is that of the paper's
         7B and 13B models; larger ones have 0.05 and a learning rate of 1e-4. A and B are kept in float32, unless the
         model computes in another type before it is quantised and is attached unquantised; the authors' code keeps them
-        in bfloat16. Paged optimizers are a matter of the training loop, which may use those of bitsandbytes.
+        in bfloat16. The optimizer is AdamW with its whole state in memory; the paper's is the training setting
+        ``optimizer=paged-adamw``, which needs CUDA.
 
     Source:
         Dettmers et al. 2023, arXiv 2305.14314, sections 3 and 4, appendix B; authors' code: artidoro/qlora.
