@@ -66,7 +66,7 @@ def test_4_tucker_with_its_cores_put_in_is_the_tensor_train() -> None:
         ("bert", 16, {"attention.query": (2, False), "ffn.up": (3, False), "ffn.down": (3, True)}),
         ("gpt2", 32, {"attention.query": (1, False), "ffn.up": (4, False), "ffn.down": (4, True)}),
         ("llama-gqa", 16, {"attention.key": (1, False), "attention.output": (2, False), "ffn.down": (3, True)}),
-        ("t5", 8, {"attention.query": (3, False), "attention.output": (3, True), "ffn.down": (6, True)}),
+        ("t5", 24, {"attention.query": (1, False), "attention.output": (1, True), "ffn.down": (2, True)}),
     ],
 )
 def test_5_cutting_and_joining_is_the_identity(name: str, height: int, cuts: dict[str, tuple[int, bool]]) -> None:
@@ -201,12 +201,24 @@ def test_what_does_not_fit_is_refused(options: str, words: str) -> None:
         attached("bert", f"fact({options})")
 
 
+def test_only_sides_that_are_cut_make_the_height() -> None:
+    """As in Gemma 2: the hidden size is a multiple of less than the sides that are cut."""
+    model = nn.ModuleDict({"q": nn.Linear(36, 32), "k": nn.Linear(36, 16), "up": nn.Linear(36, 144)})
+    forms = deltune.attach(model, "fact(rank=1, targets='q,k,up')").attachments["default"].forms
+    assert forms["factors.36"].get_parameter("V").shape == (16, 1)
+    assert forms["factors.36"].get_parameter("S").shape == (2 + 1 + 9, 1, 1)
+    # where one matrix alone would make blocks higher than wide, they are no higher than the width
+    model = nn.ModuleDict({"up": nn.Linear(12, 48)})
+    forms = deltune.attach(model, "fact(rank=1, targets='up')").attachments["default"].forms
+    assert forms["factors.12"].get_parameter("V").shape == (12, 1)
+
+
 def test_other_widths_have_factors_of_their_own() -> None:
     model = nn.ModuleDict({"a": nn.Linear(6, 8), "b": nn.Linear(6, 4), "c": nn.Linear(9, 3)})
     forms = deltune.attach(model, "fact(rank=1, targets='a,b,c')").attachments["default"].forms
     assert list(forms) == ["factors.6", "a", "b", "factors.9", "c"]
-    assert forms["factors.6"].get_parameter("V").shape == (2, 1)
-    assert forms["factors.6"].get_parameter("S").shape == (6, 1, 1)
+    assert forms["factors.6"].get_parameter("V").shape == (4, 1)
+    assert forms["factors.6"].get_parameter("S").shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

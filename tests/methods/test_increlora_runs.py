@@ -211,3 +211,26 @@ def test_as_part_of_a_sum() -> None:
     for _ in walk(tuned, "bert", 20):
         pass
     assert total(tuned) == 2 * len(forms_of(tuned))
+
+
+def test_a_further_training_has_the_optimizers_own_rates() -> None:
+    """What grew before has no warm-up again; and nothing is left to plan, however few steps there are."""
+    tuned, _ = attached("bert", f"increlora({SHORT})")
+    for _ in walk(tuned, "bert", 20):
+        pass
+    assert all(len(form.a) == form.rank for form in forms_of(tuned).values())
+    for steps in (30, 1):
+        optimizer = adamw(tuned, 1e-2)
+        following = tuned.bind(optimizer, steps)
+        seen: list[list[float]] = []
+
+        def look(bound: torch.optim.Optimizer, *_: Any, rates: list[list[float]] = seen) -> None:
+            rates.append([group["lr"] for group in bound.param_groups])
+
+        optimizer.register_step_pre_hook(look)
+        tuned.model.train()
+        tuned.model(**labelled("bert", 1)).loss.backward()
+        optimizer.step()
+        following.remove()
+        optimizer.zero_grad()
+        assert seen == [[1e-2]]

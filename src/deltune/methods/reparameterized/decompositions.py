@@ -42,7 +42,10 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rows(factor: Tensor, index: int | slice) -> Tensor:
     """Rows of ``factor`` (N, ...), always with the first dimension."""
-    return factor[index] if isinstance(index, slice) else factor[index : index + 1]
+    if isinstance(index, slice):
+        return factor[index]
+    index = range(len(factor))[index]  # from the end, if negative
+    return factor[index : index + 1]
 
 
 class Decomposition(Form):
@@ -131,7 +134,11 @@ class CP(Decomposition):
         """The diagonals lambda * c_i of the cores, (n, R); None where they are all ones."""
         product = None if self.scales is None else self.scales[None]
         numbers = index if isinstance(index, tuple) else (index,)
-        for name, number in zip(self._counts, numbers, strict=False):
+        if len(numbers) != len(self._counts) or sum(isinstance(number, slice) for number in numbers) > 1:
+            raise ValueError(
+                f"An index has a number for each of {len(self._counts)} modes, of which one may be a range."
+            )
+        for name, number in zip(self._counts, numbers, strict=True):
             chosen = _rows(self.get_parameter(name), number)
             product = chosen if product is None else product * chosen
         return product

@@ -28,9 +28,9 @@ class Blocks:
     """How matrices that have one side in common are cut into blocks of one size, (height, width).
 
     ``width`` is the common side, which for a transformer is its hidden size. ``height`` is the greatest common divisor
-    of all their sides: 768 in BERT-base, 192 for 576 x 576, 192 x 576 and 1536 x 576. A matrix that reads ``width``
-    features is cut along its output. Any other one writes ``width`` features and is cut along its input; unless the
-    blocks are square, it consists of transposed blocks.
+    of the sides that are cut, and of ``width`` too where that divisor is above it: 768 in BERT-base, 192 for 576 x 576,
+    192 x 576 and 1536 x 576. A matrix that reads ``width`` features is cut along its output. Any other one writes
+    ``width`` features and is cut along its input; unless the blocks are square, it consists of transposed blocks.
     """
 
     width: int
@@ -43,10 +43,7 @@ class Blocks:
         groups: dict[int, list[WeightSite]] = {}
         for site in sites:
             groups.setdefault(_width(site, anatomy), []).append(site)
-        return [
-            cls(width, math.gcd(*(side for site in group for side in _sides(site))), tuple(group))
-            for width, group in groups.items()
-        ]
+        return [cls(width, _height(width, group), tuple(group)) for width, group in groups.items()]
 
     def count(self, site: WeightSite) -> int:
         """The number of blocks of a matrix."""
@@ -63,6 +60,11 @@ class Blocks:
 
 def _sides(site: WeightSite) -> tuple[int, int]:
     return site.out_features, site.in_features
+
+
+def _height(width: int, sites: list[WeightSite]) -> int:
+    cut = math.gcd(*(site.out_features if site.in_features == width else site.in_features for site in sites))
+    return cut if cut <= width else math.gcd(cut, width)
 
 
 def _width(site: WeightSite, anatomy: Anatomy) -> int:
@@ -116,12 +118,12 @@ class FacT(Method):
 
     Differs from the paper:
         The paper cuts a vision transformer, where every side is a multiple of the hidden size. Here the height h of a
-        block is the greatest common divisor of all sides, which gives the same blocks there. With grouped-query
-        attention and gated layers it is less than D; a matrix that writes D features and does not read as many is then
-        cut along its input and made of transposed blocks. Matrices whose hidden sizes differ (CLIP) have factors of
-        their own. In Tucker form the authors' code transposes the cores of the matrix that narrows; here all blocks
-        are alike. The rank is the smallest that the authors use and the scale the middle one; learning rate, weight
-        decay and dropout are theirs. Dropout comes after S_k, as in the authors' code.
+        block is the greatest common divisor of all sides that are cut, which gives the same blocks there. With
+        grouped-query attention and gated layers it is less than D; a matrix that writes D features and does not read as
+        many is then cut along its input and made of transposed blocks. Matrices whose hidden sizes differ (CLIP) have
+        factors of their own. In Tucker form the authors' code transposes the cores of the matrix that narrows; here all
+        blocks are alike. The rank is the smallest that the authors use and the scale the middle one; learning rate,
+        weight decay and dropout are theirs. Dropout comes after S_k, as in the authors' code.
 
     Source:
         Jie and Deng 2023, arXiv 2212.03145, section 3; authors' code: JieShibo/PETL-ViT.
@@ -172,8 +174,8 @@ class FacT(Method):
         if self.rank > blocks.height:
             raise MethodError(
                 f"fact: rank {self.rank} exceeds the height {blocks.height} of the blocks, which is the greatest "
-                f"common divisor of the sides of all matrices of width {blocks.width}. Use a smaller rank, or fewer "
-                "targets."
+                f"common divisor of the cut sides of all matrices of width {blocks.width}. Use a smaller rank, or "
+                "fewer targets."
             )
         shape = (blocks.width, blocks.height, sum(blocks.count(site) for site in blocks.sites))
         kind = TensorTrain if self.decomposition == "tensor-train" else Tucker

@@ -1,6 +1,6 @@
 """When ranks grow, and what that means for an optimizer: new parameters, with a learning rate of their own.
 
-Letters: t the step, from 0, and T their number.
+Letters: t the step, from 1, and T their number.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ class IncreLoRA(Method):
         schedulers know those alone; during a step those with a rate of their own stand in groups apart. Their rise and
         linear fall start from the group's initial rate, whatever the scheduler; the first reserve trains like all that
         is there at the start. Phases follow from the length of the training, because step counts fit one data set only.
+        The default learning rate is above the authors' 3.5e-4 to 2.2e-3; it was found for short trainings.
         ``initial_rank=0`` is an extension: a matrix that is never chosen ends without a change.
 
     Source:
@@ -192,7 +193,19 @@ class IncreLoRA(Method):
                 "increlora has to know how many steps training will have. Pass it when binding the optimizer: "
                 "tuned.bind(optimizer, steps)."
             )
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if together and torch.distributed.get_world_size() > 1:
+            raise MethodError(
+                "increlora trains in one process: each would choose by its own batches which matrices grow. Train in "
+                "one, or use adalora."
+            )
         triplets = _triplets(forms)
+        finished = all(form.total >= 0 and len(form.a) == form.rank for form in triplets)
+        if finished:
+            # what grew belongs to the training in which it did, which a further one does not change
+            steps = int(triplets[0].total)
+        for form in triplets:
+            form.total.fill_(steps)
         # from the start, not from the present: a run that goes on has the schedule that it had
         schedule = GrowthSchedule.plan(
             sum(min(self.initial_rank, form.capacity) for form in triplets),

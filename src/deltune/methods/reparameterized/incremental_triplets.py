@@ -30,7 +30,7 @@ class IncrementalTriplets(LowRank):
     they act, and so learn, only in training mode, from the start of the schedule to the end of growth. All a_i and b_i
     are normal with deviation 0.02 at first, lambda_i is zero. Buffers hold the smoothed sensitivity of the whole
     change, the uncertainty of that, and ``joined`` (components, 2): before which step the two vectors of each
-    component, and its lambda, began to train.
+    component, and its lambda, began to train, in a training of ``total`` steps (-1 before one).
 
     Args:
         site: the matrix.
@@ -45,6 +45,7 @@ class IncrementalTriplets(LowRank):
     sensitivity: Tensor
     uncertainty: Tensor
     joined: Tensor
+    total: Tensor
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class IncrementalTriplets(LowRank):
         wide = torch.promote_types(site.dtype, torch.float32)
         self.register_buffer("sensitivity", torch.zeros((), dtype=wide, device=site.device))
         self.register_buffer("uncertainty", torch.zeros((), dtype=wide, device=site.device))
+        self.register_buffer("total", torch.full((), -1, dtype=torch.long, device=site.device))
         self.register_buffer("joined", torch.zeros(0, 2, dtype=torch.long, device=site.device))
         self.a, self.b, self.lambdas = nn.ParameterList(), nn.ParameterList(), nn.ParameterList()
         like = torch.empty(0, dtype=site.dtype, device=site.device)
@@ -227,7 +229,9 @@ class IncrementalTriplets(LowRank):
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float, mean: bool = False) -> None:
         """Smooth the score of the step's gradient, and forget that gradient."""
-        smooth(self.sensitivity, self.uncertainty, self.score(mean), beta1, beta2)
+        score = self.score(mean)
+        if bool(torch.isfinite(score)):
+            smooth(self.sensitivity, self.uncertainty, score, beta1, beta2)
         self.gradient = None
 
     @torch.no_grad()
@@ -250,10 +254,12 @@ class IncrementalTriplets(LowRank):
 
     def _collect(self, gradient: Tensor, x: Tensor) -> None:
         """Add what one backward pass through one call says: g^T x, of g (..., d_out) and x (..., d_in)."""
-        found = gradient.flatten(0, -2).T @ x.to(gradient.dtype).flatten(0, -2)
+        # sums over many tokens overflow float16
+        wide = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype
+        found = gradient.to(wide).flatten(0, -2).T @ x.to(wide).flatten(0, -2)
         # after zero_grad() without a step; a shared matrix is called several times in one pass
         current = torch._C._current_graph_task_id()
-        stale = self.a[0].grad is None and current != self._pass
+        stale = current != self._pass and (self.a[0].grad is None or not bool(self.a[0].grad.any()))
         self._pass = current
         if self.gradient is None or stale:
             self.gradient = found.to(torch.promote_types(found.dtype, torch.float32))
