@@ -19,6 +19,7 @@ from deltune.folding import Folded, fold
 from deltune.installation import Installation
 from deltune.methods import Method, parse
 from deltune.model_hooks import StepHooks, refuse_to_resize, total_penalty
+from deltune.quantization.layers import keep_packing
 from deltune.quantization.model import dequantize_layers, format_of, parameter_count
 from deltune.sites import Control, Tap
 from deltune.summary import Summary
@@ -82,6 +83,7 @@ class Tuned:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.anatomy: Anatomy = anatomy_of(model)
+        keep_packing(model)
         stored = format_of(model)
         self.base_model = {
             **describe_base_model(model),

@@ -78,3 +78,10 @@ def test_a_method_without_ranks_is_refused(place: Place, deltune: Command, tmp_p
     ended = deltune("ranks", run)
     assert ended.status == 2
     assert "krona" in ended.err
+
+
+def test_factors_of_other_methods_in_a_sum_are_no_ranks(place: Place, deltune: Command, tmp_path: Path) -> None:
+    assert deltune(*place.tune(tmp_path, "--method", "krona + lora(rank=2)")).status == 0
+    found = deltune("ranks", tmp_path, "--json").json["ranks"]
+    assert set(found.values()) == {2}
+    assert all(key.startswith("1.") for key in found)

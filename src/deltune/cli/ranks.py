@@ -34,7 +34,8 @@ def ranks(
         raise DeltuneError(f"--picture {picture}: its ending says the format; it must be one of {', '.join(_FORMATS)}.")
     description, tensors = read(delta)
     methods = _methods_of(description["method"])
-    found = _ranks_of({key: tuple(value.shape) for key, value in tensors.items()}) if methods & _LOW_RANK else {}
+    prefixes = _prefixes(description["method"])
+    found = _ranks_of({key: tuple(value.shape) for key, value in tensors.items() if key.startswith(prefixes)})
     if not found:
         raise CheckpointError(
             f"{delta} has no low-rank changes: its method is {' + '.join(sorted(methods))}. Ranks can be shown of "
@@ -58,6 +59,14 @@ def ranks(
 def _methods_of(description: Mapping[str, Any]) -> set[str]:
     """Name of a method, or those of a sum's parts."""
     return {str(part["name"]) for part in description.get("methods", [description])}
+
+
+def _prefixes(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """How keys of low-rank changes begin: those of a sum's parts begin with its number."""
+    parts = description.get("methods")
+    if parts is None:
+        return ("",) if description["name"] in _LOW_RANK else ()
+    return tuple(f"{number}." for number, part in enumerate(parts) if part["name"] in _LOW_RANK)
 
 
 def _ranks_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

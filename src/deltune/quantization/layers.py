@@ -168,18 +168,21 @@ def dense_weight(module: nn.Module) -> Tensor:
     return dense
 
 
-def layer_format(module: nn.Module) -> NF4:
-    """How a quantised module is stored.
+def keep_packing(model: nn.Module) -> None:
+    """Never let bitsandbytes repack the weights of ``model`` in evaluation: nothing below would get a gradient then."""
+    for module in model.modules():
+        if is_quantized(module) and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
-    Raises:
-        StateError: if it is not NF4.
-    """
+
+def layer_format(module: nn.Module) -> NF4 | None:
+    """How a quantised module is stored; None if it is not in NF4."""
     if isinstance(module, NF4Linear):
         return NF4(module.second_scales is not None, module.compute_dtype, module.block, "torch")
     layer: Any = module
     state = layer.weight.quant_state
     if state is None or state.quant_type != "nf4":
-        raise StateError(f"This model is quantised, but not in NF4 ({getattr(state, 'quant_type', 'no state')}).")
+        return None
     return NF4(bool(state.nested), layer.compute_dtype, int(state.blocksize), "bitsandbytes")
 
 

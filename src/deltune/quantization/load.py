@@ -38,7 +38,7 @@ def load_quantized(
     model_class: Any,
     format: NF4 | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     **options: Any,
 ) -> Any:
@@ -69,6 +69,8 @@ def load_quantized(
     from transformers import AutoConfig
 
     wanted = format or NF4()
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."))
     if wanted.engine == "bitsandbytes":
         bitsandbytes()  # before hours of reading
     files = _files(Path(path))
@@ -224,8 +226,11 @@ class _Filling:
                 f"{', ...' if len(lost) > 5 else ''}. If from_pretrained loads them, transformers splits or joins "
                 "tensors of this folder: load it so, and call deltune.quantize(model)."
             )
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in new):
-            module = self.model.get_submodule(owner)
+        owners = {name.rpartition(".")[0] for name in new}
+        # in the order of the modules, as transformers draws them
+        for owner, module in list(self.model.named_modules()):
+            if owner not in owners:
+                continue
             for attribute, old in module._parameters.items():
                 if old is not None and old.is_meta:
                     value = torch.empty(old.shape, dtype=self.dtype or old.dtype, device=self.device)

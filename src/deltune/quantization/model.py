@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,12 @@ def dequantize_layers(model: nn.Module) -> nn.Module:
         new.weight = nn.Parameter(weight, requires_grad=False)
         new.register_parameter("bias", old._parameters.get("bias"))
         replace(model, names, new.train(old.training))
-    model.__dict__.pop(SAVE, None)
+    # what transformers notes of a model that it has quantised itself
+    for name in (SAVE, *_NOTES):
+        model.__dict__.pop(name, None)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
     return model
 
 
@@ -143,13 +149,20 @@ def storage(model: nn.Module) -> Storage:
     return Storage(sum(prod(shape) for shape in shapes), sum(stored_bytes(module) for module in modules))
 
 
-def format_of(model: nn.Module) -> NF4 | None:
-    """How the layers of ``model`` are stored in 4 bits; None if they are not.
+_NOTES = (
+    "hf_quantizer",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_4bit_serializable",
+    "quantization_method",
+    "_weight_conversions",
+)
 
-    Raises:
-        StateError: if they are stored in another format than NF4.
-    """
-    formats = [layer_format(module) for module in model.modules() if is_quantized(module)]
+
+def format_of(model: nn.Module) -> NF4 | None:
+    """How the layers of ``model`` are stored in NF4; None if they are not, or in another format."""
+    found = (layer_format(module) for module in model.modules() if is_quantized(module))
+    formats = [item for item in found if item is not None]
     # where bitsandbytes cannot store a matrix, deltune's own layer stands in
     return next((item for item in formats if item.engine == "bitsandbytes"), formats[0] if formats else None)
 

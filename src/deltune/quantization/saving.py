@@ -58,8 +58,9 @@ def _description(model: nn.Module) -> dict[str, Any]:
 
     named = dict(model.named_modules(remove_duplicate=False))
     packed = {name: module for name, module in named.items() if is_quantized(module)}
-    formats = {replace(layer_format(module), engine="torch") for module in packed.values()}
-    if len(formats) != 1:
+    found = [layer_format(module) for module in packed.values()]
+    formats = {replace(item, engine="torch") for item in found if item is not None}
+    if len(formats) != 1 or None in found:
         raise StateError("This model's matrices are quantised in several ways, which one folder cannot hold.")
     (format,) = formats
     for name, module in packed.items():

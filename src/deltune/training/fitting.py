@@ -133,11 +133,14 @@ def _identity(
     tuned: Tuned, attachment: Attachment, settings: TrainingSettings, rows: Dataset, evaluation_rows: Dataset | None
 ) -> dict[str, Any]:
     """What makes two runs the same; device and threads may change, at the price of the last bits."""
+    described = {key: value for key, value in settings.to_dict().items() if key not in ("device", "threads")}
+    if described["optimizer"] == "adamw":
+        del described["optimizer"]  # runs from before there was a choice go on
     return {
         "name": attachment.name,
         "method": attachment.method.to_dict(),
         "head": list(attachment.head_names),
-        "settings": {key: value for key, value in settings.to_dict().items() if key not in ("device", "threads")},
+        "settings": described,
         "task": attachment.task,
         "data": {
             "train": fingerprint(rows),
