@@ -107,7 +107,7 @@ def test_python_lines_name_what_exists(words: list[str]) -> None:
     assert words[1] == "-m", "modules of this project run with python -m"
     module, rest = words[2], words[3:]
     parts = module.split(".")
-    folder = ROOT if parts[0] == "examples" else ROOT / "src"
+    folder = ROOT if parts[0] in ("examples", "benchmarks") else ROOT / "src"
     path = folder.joinpath(*parts)
     assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     if module == "examples.assets":
@@ -137,5 +137,5 @@ def test_yaml_blocks_are_configurations() -> None:
 def test_there_are_lines_to_check() -> None:
     assert len(lines("deltune")) > 20
     assert {words.values[0][1] for words in lines("deltune")} == {
-        *("tune", "compare", "eval", "predict", "merge", "methods", "sites")
+        *("tune", "compare", "eval", "predict", "merge", "ranks", "methods", "sites")
     }

@@ -11,6 +11,15 @@ from pathlib import Path
 
 __all__ = ["rank_picture", "rank_table"]
 
+_ROLES = (
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.output",
+    "ffn.up",
+    "ffn.gate",
+    "ffn.down",
+)
 _LAYER_KEY = re.compile(r"(?P<layer>(\d+\.)?\w+\.\d+)\.(?P<role>.+)")
 
 
@@ -21,10 +30,10 @@ def _cells(ranks: Mapping[str, int]) -> tuple[list[str], list[str], dict[tuple[s
         place = _LAYER_KEY.fullmatch(key)
         cells[(place["layer"], place["role"]) if place else (key, "rank")] = rank
     layers = list(dict.fromkeys(layer for layer, _ in cells))
-    # a layer that has all kinds tells their order
-    fullest = max(layers, key=lambda name: sum(layer == name for layer, _ in cells), default=None)
-    ordered = sorted(cells, key=lambda cell: cell[0] != fullest)
-    return layers, list(dict.fromkeys(role for _, role in ordered)), cells
+    # files have them in alphabetical order
+    known = {role: place for place, role in enumerate(_ROLES)}
+    roles = sorted(dict.fromkeys(role for _, role in cells), key=lambda role: known.get(role, len(known)))
+    return layers, roles, cells
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
