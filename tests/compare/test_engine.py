@@ -140,7 +140,8 @@ def test_texts_without_tokens_are_refused_at_once(comparison, fake_workers, tmp_
 
 
 PROGRAM = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from deltune.compare import Comparison, processes, run_comparison
 processes.WORKER_COMMAND = (sys.executable, sys.argv[2])
 outcome = run_comparison(Comparison.from_dict(json.loads(sys.argv[1])), sys.argv[3])
