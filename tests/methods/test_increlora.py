@@ -63,7 +63,7 @@ def naive(form: IncrementalTriplets, reserve: bool, divisor: float) -> Tensor:
     """The change as the sum of outer products."""
     delta = torch.zeros(form.out_features, form.in_features, dtype=torch.float64)
     for i in range(len(form.a) if reserve else form.rank):
-        weight = form.lambdas[i].item() if i < form.rank else 1e-5
+        weight = form.lambdas[i].item() if i < form.rank else form.constant
         delta += form.alpha / divisor * weight * torch.outer(form.b[i][:, 0].double(), form.a[i][0].double())
     return delta.detach()
 
@@ -93,17 +93,20 @@ def test_1_construction_is_exactly_the_frozen_model_and_the_reserve_hardly_chang
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_2_the_change_is_that_of_the_formula(rank: int) -> None:
-    form = IncrementalTriplets(matrix_site(7, 5), rank, 6.0, reserves=2)
+    # a constant that is not tiny: without the reserve the change would be another
+    form = IncrementalTriplets(matrix_site(7, 5), rank, 6.0, constant=0.5, reserves=2)
     form.reserve(1)
     make_distinct(form)
     x, base = torch.randn(3, 2, 7), torch.randn(3, 2, 5)
-    # the sheet's divisor has 1e-5 more, which is within its tolerance
     form.requires_grad_(False)
-    for reserve, divisor in ((False, max(rank, 1)), (True, max(rank, 1)), (True, max(rank, 1) + 1e-5)):
+    for reserve in (False, True):
         form.observed = reserve
-        expected = (x.double() @ naive(form, reserve, divisor).T).float()
-        assert relative_error(form(x), expected) < 1.1e-5
-        assert relative_error(form.add_to(base, x, 0.5), base + 0.5 * expected) < 1.1e-5
+        delta = naive(form, reserve, max(rank, 1))
+        expected = (x.double() @ delta.T).float()
+        assert relative_error(form(x), expected) < 2e-6
+        assert relative_error(form.add_to(base, x, 0.5), base + 0.5 * expected) < 2e-6
+        # the sheet's divisor has 1e-5 more
+        assert relative_error(delta, naive(form, reserve, max(rank, 1) + 1e-5)) < 1.00001e-5
     assert torch.allclose(form.weight_delta().double(), naive(form, False, max(rank, 1)), atol=1e-6)
 
 
@@ -241,7 +244,7 @@ def test_8_the_optimizer_follows_it() -> None:
 @pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("mean", [False, True])
 def test_9_the_score_is_that_of_autograd(batches: int, mean: bool) -> None:
-    form = IncrementalTriplets(matrix_site(7, 5), 2, 6.0, reserves=2)
+    form = IncrementalTriplets(matrix_site(7, 5), 2, 6.0, constant=0.5, reserves=2)
     form.reserve(1)
     make_distinct(form)
     form.observed = True
@@ -277,12 +280,16 @@ def test_9_gradient_checkpointing_changes_no_score(reentrant: bool) -> None:
 
 def test_10_right_after_growth_only_divisor_and_new_reserve_differ() -> None:
     (form,) = scored([1], [1.0], added=1)
+    form.constant = 0.5
     make_distinct(form)
     form.observed = True
     x = torch.randn(4, 16)
     before, old = form(x), naive(form, True, 1)
     grow([form], GrowthSchedule(9, 0, 1, 1, 1, 20, 3), 5)
-    assert torch.equal(form.lambdas[1], torch.full((1, 1), 1e-5))
-    new = form.scale * 1e-5 * (form.b[2] @ form.a[2]).double()
+    assert torch.equal(form.lambdas[1], torch.full((1, 1), 0.5))
+    with torch.no_grad():
+        form.a[2].normal_()
+        form.b[2].normal_()
+    new = form.scale * 0.5 * (form.b[2] @ form.a[2]).double()
     assert torch.allclose(form(x).double(), x.double() @ (old / 2 + new).T, atol=1e-5)
     assert not torch.equal(form(x), before)

@@ -14,6 +14,7 @@ Letters: d_in and d_out the width and height of a slice, R or r ranks, N the num
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def _rows(factor: Tensor, index: int | slice) -> Tensor:
     return factor[index : index + 1]
 
 
-class Decomposition(Form):
+class Decomposition(Form, ABC):
     """Factors that slices share, kept once; the slices' forms refer to it.
 
     Subclasses have the parameter ``U`` (d_in, r_in), the factor ``V`` (d_out, r_out), and say what the cores are.
@@ -60,9 +61,9 @@ class Decomposition(Form):
         """V (d_out, r_out)."""
         return self.get_parameter("V")
 
+    @abstractmethod
     def cores(self, index: Index) -> Tensor:
         """The cores M (n, r_out, r_in) of the n slices that ``index`` names."""
-        raise NotImplementedError
 
     def spread(self, thin: Tensor, index: Index, transposed: bool = False) -> Tensor:
         """M_i t of every slice: from one t (..., r_in) to (..., n, r_out); with ``transposed`` by M_i^T."""
