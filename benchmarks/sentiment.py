@@ -19,6 +19,8 @@ import deltune
 from deltune.compare.content import ComparisonData, prepare_data
 from deltune.compare.plan import Comparison
 from deltune.measure import Spread
+from deltune.methods.registry import parse
+from deltune.quantization import reader
 from deltune.training import TrainingSettings, evaluate
 from deltune.tuned import Tuned
 from examples import assets
@@ -33,10 +35,11 @@ class Sentiment:
     Args:
         steps: optimizer steps of each training.
         train_size: number of sentences to train on.
-        split_seed: chooses the 1,000 sentences to measure with.
+        split_seed: chooses the sentences to measure with.
+        evaluation_size: number of sentences to measure with.
     """
 
-    def __init__(self, steps: int, train_size: int, split_seed: int = 1) -> None:
+    def __init__(self, steps: int, train_size: int, split_seed: int = 1, evaluation_size: int = 1000) -> None:
         torch.set_num_threads(1)
         self.steps = steps
         self.model = str(assets.get("minilm"))
@@ -47,7 +50,7 @@ class Sentiment:
                 methods=("lora",),
                 steps=steps,
                 train_size=train_size,
-                evaluation_size=1000,
+                evaluation_size=evaluation_size,
                 max_length=48,
                 split_seed=split_seed,
             )
@@ -60,8 +63,9 @@ class Sentiment:
     def train(self, method: str, seed: int, learning_rate: float | None = None) -> Tuned:
         """Attach a method to a fresh model and train it with its own learning rate, or another."""
         transformers.set_seed(seed)
-        model = self.task.load_model(self.model, tokenizer=self.tokenizer, dropout=0.0)
-        tuned = deltune.attach(model, method, reversible=False)
+        chosen = parse(method)
+        model = self.task.load_model(self.model, tokenizer=self.tokenizer, dropout=0.0, read=reader(chosen.base_format))
+        tuned = deltune.attach(model, chosen, reversible=False)
         settings = TrainingSettings(
             steps=self.steps,
             batch_size=BATCH_SIZE,
@@ -104,12 +108,14 @@ class Record:
 
 
 def options(description: str | None, **defaults: int) -> argparse.Namespace:
-    """Options that the measurements share: steps, train-size, seeds, split-seed, output."""
+    """Options that the measurements share: steps, train-size, seeds, split-seed, evaluation-size, methods, output."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=defaults.get("steps", 470))
     parser.add_argument("--train-size", type=int, default=defaults.get("train_size", 7530))
     parser.add_argument("--seeds", type=int, default=defaults.get("seeds", 3), help="number of seeds")
     parser.add_argument("--split-seed", type=int, default=1)
+    parser.add_argument("--evaluation-size", type=int, default=defaults.get("evaluation_size", 1000))
+    parser.add_argument("--methods", default="", help="these only, with semicolons between them")
     parser.add_argument("--output", type=Path, default=Path(".cache/benchmarks"))
     return parser.parse_args()
 

@@ -12,25 +12,35 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "NF4": "deltune.quantization",
+    "PromptEnsemble": "deltune.prompting",
     "Targets": "deltune.backbone",
     "Tuned": "deltune.tuned",
+    "adapter_use": "deltune.fusing",
     "anatomy_of": "deltune.backbone",
     "attach": "deltune.tuned",
     "fit": "deltune.training",
     "load": "deltune.loading",
+    "mix_prompts": "deltune.prompting",
+    "prompt_similarity": "deltune.prompting",
+    "prune_adapters": "deltune.fusing",
     "quantize": "deltune.quantization",
     "register": "deltune.methods",
 }
 
 __all__ = [
     "NF4",
+    "PromptEnsemble",
     "Targets",
     "Tuned",
     "__version__",
+    "adapter_use",
     "anatomy_of",
     "attach",
     "fit",
     "load",
+    "mix_prompts",
+    "prompt_similarity",
+    "prune_adapters",
     "quantize",
     "register",
 ]

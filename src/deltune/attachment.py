@@ -96,6 +96,31 @@ class Attachment:
             if placed.site is not None:
                 yield key, placed.site, placed.form
 
+    @property
+    def selected_names(self) -> list[str]:
+        """Parameters of the model itself, beside the task head, of which this attachment has its own values."""
+        return [name for name, _ in self.selection if name not in self.head_names]
+
+    def set_rank(self, rank: int) -> None:
+        """Cut every form to ``rank``; see :meth:`deltune.Tuned.set_rank`.
+
+        Raises:
+            MethodError: if the method does not train smaller ranks, or the rank is out of range.
+        """
+        forms: list[Any] = [form for form in self.forms.values() if hasattr(form, "set_rank")]
+        if not forms:
+            raise MethodError(
+                f"{self.method.name} cannot be cut to a rank: it does not train smaller ranks along with its own. Use "
+                "dylora, or attach with the rank that you want."
+            )
+        largest = min(form.rank for form in forms)
+        if not isinstance(rank, int) or not 1 <= rank <= largest:
+            raise MethodError(
+                f"{self.name!r} can be cut to the ranks 1 to {largest}, not to {rank!r}. A larger rank must be trained."
+            )
+        for form in forms:
+            form.set_rank(rank)
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that this attachment trains: ``key.parameter`` for forms, full names for selected ones."""
         for key, placed in self.placed.items():

@@ -13,10 +13,12 @@ from deltune.model_hooks import (
     BareStateHook,
     IgnoredKeys,
     InputGradientHook,
+    LayerDropHook,
     PenaltyHook,
     lowest_trained_layers,
     total_penalty,
 )
+from deltune.routing import remove_routed_heads, routed_heads
 from deltune.sites import Control, Insertion, Tap
 
 if TYPE_CHECKING:
@@ -61,13 +63,19 @@ class Installation:
 
     def put_on(self) -> None:
         """Put everything on the model."""
+        live = [self.attachments[name] for name in self.control.live]
+        if self.control.route:
+            self._handles.extend(routed_heads(self.model, self.anatomy, self.control, live))
         for attachment in self.attachments.values():
             attachment.register(self.modules)
         for tap in sorted(self.taps.values(), key=lambda tap: _ORDER.index(tap.site.insertion)):
             tap.install(self.modules)
         if total_penalty(self.control, self.attachments) is not None:
             self._handles.append(self.model.register_forward_hook(PenaltyHook(self.control, self.attachments)))
-        live = [self.attachments[name] for name in self.control.live]
+        layers = max((len(stack) for stack in self.anatomy.stacks.values()), default=0)
+        if self.control.drop_seed is not None:
+            hook = LayerDropHook(self.control, self.attachments, layers)
+            self._handles.append(self.model.register_forward_pre_hook(hook))
         for layer in lowest_trained_layers(self.model, self.anatomy, live):
             self._handles.append(layer.register_forward_pre_hook(InputGradientHook()))
         register: Any = self.model.register_load_state_dict_post_hook
@@ -90,6 +98,7 @@ class Installation:
         self._handles.clear()
         for attachment in self.attachments.values():
             attachment.unregister(self.modules)
+        remove_routed_heads(self.model)
         if self._ignored_on_save is not None:
             self.model._keys_to_ignore_on_save = self._ignored_on_save  # type: ignore[assignment]
             self._ignored_on_save = None

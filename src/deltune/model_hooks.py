@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,9 +21,11 @@ __all__ = [
     "BareStateHook",
     "IgnoredKeys",
     "InputGradientHook",
+    "LayerDropHook",
     "PenaltyHook",
     "StepHooks",
     "added_keys",
+    "dropped_at",
     "lowest_trained_layers",
     "refuse_to_resize",
     "total_penalty",
@@ -47,12 +50,15 @@ class StepHooks:
         """Follow ``optimizer`` from now on, for so many steps."""
         for attachment in self._live():
             attachment.method.begin(attachment.forms, steps)
+        self.control.bound += 1
         self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
         return self
 
     def remove(self) -> None:
         """Follow no longer."""
+        if self._handles:
+            self.control.bound -= 1
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -70,6 +76,47 @@ class StepHooks:
 
     def _live(self) -> list[Attachment]:
         return [self.attachments[name] for name in self.control.live]
+
+
+class LayerDropHook:
+    """Before the model in training: in how many of the lowest layers nothing acts in this step (Rücklé et al. 2021).
+
+    The number follows from the seed and the step, so that it is the same in every part of a batch, in every process
+    and in a run that goes on from a checkpoint.
+
+    Args:
+        control: takes the number.
+        attachments: know how many steps were taken.
+        layers: L; the number is uniform on 0 to L - 1.
+    """
+
+    def __init__(self, control: Control, attachments: Mapping[str, Attachment], layers: int) -> None:
+        self.control = control
+        self.attachments = attachments
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Draw.
+
+        Raises:
+            StateError: if nobody counts steps.
+        """
+        seed = self.control.drop_seed
+        if seed is None or not module.training:
+            return
+        if not self.control.bound:
+            raise StateError(
+                "Dropping layers at random follows the steps of an optimizer: call tuned.bind(optimizer) before "
+                "training."
+            )
+        step = max((self.attachments[name].steps for name in self.control.live), default=0)
+        self.control.dropped_in_training = dropped_at(step, seed, self.layers)
+
+
+def dropped_at(step: int, seed: int, layers: int) -> int:
+    """Number of dropped layers in the step after ``step`` steps, uniform on 0 to ``layers`` - 1."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") * layers >> 64
 
 
 class PenaltyHook:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltune.attachment import Attachment
-from deltune.backbone import Anatomy, anatomy_of, describe_base_model
 from deltune.checkpoints import write
-from deltune.errors import MethodError, StateError, suggestion
-from deltune.folding import Folded, fold
-from deltune.installation import Installation
-from deltune.methods import Method, parse
-from deltune.model_hooks import StepHooks, refuse_to_resize, total_penalty
-from deltune.quantization.layers import keep_packing
-from deltune.quantization.model import dequantize_layers, format_of, parameter_count
-from deltune.sites import Control, Tap
+from deltune.errors import StateError
+from deltune.folding import fold
+from deltune.methods import Method
+from deltune.model_hooks import StepHooks, total_penalty
+from deltune.quantization.model import dequantize_layers, format_of
 from deltune.summary import Summary
+from deltune.switchboard import HANDLE, Switchboard
 
 __all__ = ["HANDLE", "Tuned", "attach"]
-
-#: Attribute of the model under which its handle is found.
-HANDLE = "_deltune_handle"
-#: A method of transformers models that is refused while anything is attached.
-_RESIZE = "resize_token_embeddings"
 
 
 def attach(
@@ -70,7 +59,7 @@ def attach(
     return tuned
 
 
-class Tuned:
+class Tuned(Switchboard):
     """A model with methods attached. Made by :func:`attach` or :func:`deltune.load`.
 
     Attributes:
@@ -79,167 +68,6 @@ class Tuned:
         base_model: kind, size, a sample of the pretrained weights and how they are quantised, to know the model again.
         attachments: every attached method by name.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.anatomy: Anatomy = anatomy_of(model)
-        keep_packing(model)
-        stored = format_of(model)
-        self.base_model = {
-            **describe_base_model(model),
-            "parameters": parameter_count(getattr(model, "base_model", model)),
-            "quantization": None if stored is None else stored.to_dict(),
-        }
-        self._size = parameter_count(model)
-        self.attachments: dict[str, Attachment] = {}
-        self.control = Control()
-        self._taps: dict[str, Tap] = {}
-        self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._frozen: list[tuple[nn.Parameter, bool]] | None = None
-        self._merged: tuple[Folded, dict[str, float]] | None = None
-        self._installation = Installation(
-            model, self.anatomy, self.control, self.attachments, self._taps, self._modules
-        )
-
-    # -- attaching and switching -----------------------------------------------------------------------------
-
-    def attach(
-        self,
-        method: Method | str,
-        name: str = "default",
-        *,
-        reversible: bool = True,
-        train_head: bool | None = None,
-    ) -> Tuned:
-        """Attach a further method and make it the live one; see :func:`attach` for the arguments.
-
-        Raises:
-            MethodError, TargetError, StateError: as :func:`attach`; also if the name is taken.
-        """
-        self._check_name(name)
-        self._refuse_while_merged("attach")
-        method = parse(method)
-        live = dict(self.control.live)
-        with_head = bool(self.anatomy.head) if train_head is None else train_head
-        if with_head and not self.anatomy.head:
-            raise MethodError("train_head is set, but this model has no task head.")
-        self._set_live({})
-        try:
-            attachment = Attachment.build(name, method, self.model, self.anatomy, reversible, with_head)
-        except Exception:
-            self._set_live(live)
-            raise
-        if not any(True for _ in attachment.parameters()):
-            self._set_live(live)
-            raise MethodError(f"{method} would train nothing in this model.")
-        if self._frozen is None:
-            self._frozen = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-            self.model.requires_grad_(False)
-            self.model.__dict__[HANDLE] = self
-            if hasattr(self.model, _RESIZE):
-                self.model.__dict__[_RESIZE] = refuse_to_resize
-        self.attachments[name] = attachment
-        for _, site, form in attachment.sites:
-            tap = self._taps.setdefault(site.identity, site.tap(self.control))
-            tap.forms.setdefault(name, []).append(form)
-        self._set_live({name: 1.0})
-        return self
-
-    def activate(self, *names: str, weights: Iterable[float] | None = None) -> None:
-        """Make these attachments live, and only these. With no name: none, the bare model.
-
-        Args:
-            *names: attached names; the changes of several are added.
-            weights: factor of each one's change, by default one.
-
-        Raises:
-            StateError: if a name is not attached, several select the same parameter, or weights are given to
-                a change that cannot be scaled.
-        """
-        self._refuse_while_merged("activate")
-        factors = tuple(weights) if weights is not None else (1.0,) * len(names)
-        if len(factors) != len(names):
-            raise StateError(f"{len(names)} names but {len(factors)} weights were given.")
-        for name in names:
-            self._attachment(name)
-        self._check_together(names, factors)
-        self._set_live(dict(zip(names, factors, strict=True)))
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """Names of the live attachments."""
-        return tuple(self.control.live)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Exactly the bare model inside the block: no hooks, no additional keys, the original parameters."""
-        self._refuse_while_merged("disable")
-        live = dict(self.control.live)
-        self._set_live({})
-        try:
-            yield
-        finally:
-            self._set_live(live)
-
-    def set_rank(self, rank: int, name: str | None = None) -> None:
-        """Cut an attachment to a rank, where the method trained all smaller ranks too (:class:`deltune.DyLoRA`).
-
-        Evaluation, merging and saving use that rank from then on; nothing is lost, so that another one, also a larger
-        one, can be chosen later. Training and its checkpoints do not depend on it.
-
-        Args:
-            rank: from 1 to the rank that was trained.
-            name: which attachment; by default the live one.
-
-        Raises:
-            StateError: if merged, or if several are live and none is named.
-            MethodError: if the method does not train smaller ranks, or the rank is out of range.
-        """
-        self._refuse_while_merged("set the rank")
-        if name is None and len(self.active) != 1:
-            raise StateError(f"Say which attachment to cut: name= one of {', '.join(self.attachments)}.")
-        attachment = self._attachment(name or self.active[0])
-        forms: list[Any] = [form for form in attachment.forms.values() if hasattr(form, "set_rank")]
-        if not forms:
-            raise MethodError(
-                f"{attachment.method.name} cannot be cut to a rank: it does not train smaller ranks along with its "
-                "own. Use dylora, or attach with the rank that you want."
-            )
-        largest = min(form.rank for form in forms)
-        if not isinstance(rank, int) or not 1 <= rank <= largest:
-            raise MethodError(
-                f"{attachment.name!r} can be cut to the ranks 1 to {largest}, not to {rank!r}. A larger rank must be "
-                "trained."
-            )
-        for form in forms:
-            form.set_rank(rank)
-
-    def detach(self, name: str | None = None) -> nn.Module:
-        """Remove one attachment, or all; without any left the model is bit-identical to what it was.
-
-        Returns:
-            The model.
-        """
-        if self._merged is not None:
-            self.unmerge()
-        live = {other: weight for other, weight in self.control.live.items() if name is not None and other != name}
-        names = list(self.attachments) if name is None else [self._attachment(name).name]
-        self._set_live({})
-        for item in names:
-            attachment = self.attachments.pop(item)
-            for _, site, _ in attachment.sites:
-                tap = self._taps[site.identity]
-                tap.forms.pop(item, None)
-                if not tap.forms:
-                    del self._taps[site.identity]
-        if self.attachments:
-            self._set_live(live)
-        elif self._frozen is not None:
-            for parameter, required in self._frozen:
-                parameter.requires_grad_(required)
-            self._frozen = None
-            self._release()
-        return self.model
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -282,6 +110,25 @@ class Tuned:
         """
         return StepHooks(self.control, self.attachments).bind(optimizer, steps)
 
+    def set_rank(self, rank: int, name: str | None = None) -> None:
+        """Cut an attachment to a rank, where the method trained all smaller ranks too (:class:`deltune.DyLoRA`).
+
+        Evaluation, merging and saving use that rank from then on; nothing is lost, so that another one, also a larger
+        one, can be chosen later. Training and its checkpoints do not depend on it.
+
+        Args:
+            rank: from 1 to the rank that was trained.
+            name: which attachment; by default the live one.
+
+        Raises:
+            StateError: if merged, or if several are live and none is named.
+            MethodError: if the method does not train smaller ranks, or the rank is out of range.
+        """
+        self._refuse_while_merged("set the rank")
+        if name is None and len(self.active) != 1:
+            raise StateError(f"Say which attachment to cut: name= one of {', '.join(self.attachments)}.")
+        self._attachment(name or self.active[0]).set_rank(rank)
+
     # -- merging ---------------------------------------------------------------------------------------------
 
     @property
@@ -310,6 +157,8 @@ class Tuned:
             raise StateError("Merging with dequantize=True cannot be undone: pass reversible=False too.")
         if not self.control.live:
             raise StateError("Nothing is active, so there is nothing to merge.")
+        if self.control.route or self.control.dropped:
+            raise StateError("Weights are the same for all rows and layers: end routing and dropping before merging.")
         live = dict(self.control.live)
         if any(weight != 1.0 for weight in live.values()):
             raise StateError("Attachments with weights other than one cannot be merged.")
@@ -334,19 +183,6 @@ class Tuned:
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.dtype.is_floating_point)  # packed weights cannot
         return self.model
-
-    def unmerge(self) -> None:
-        """Put the original weights back, bit for bit, and the attachments beside them.
-
-        Raises:
-            StateError: if nothing is merged.
-        """
-        if self._merged is None:
-            raise StateError("Nothing is merged.")
-        folded, live = self._merged
-        folded.undo()
-        self._merged = None
-        self._set_live(live)
 
     # -- looking and saving ----------------------------------------------------------------------------------
 
@@ -376,59 +212,3 @@ class Tuned:
     def __repr__(self) -> str:
         items = ", ".join(f"{name}: {attachment.method}" for name, attachment in self.attachments.items())
         return f"Tuned({type(self.model).__name__}, {{{items}}}, active={list(self.active)})"
-
-    # -- inside ----------------------------------------------------------------------------------------------
-
-    def _attachment(self, name: str) -> Attachment:
-        if name not in self.attachments:
-            raise StateError(f"Nothing is attached under the name {name!r}. {suggestion(name, self.attachments)}")
-        return self.attachments[name]
-
-    def _check_name(self, name: str) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or hasattr(nn.Module, name):
-            raise StateError(f"{name!r} cannot be the name of an attachment: use letters, digits, '-' and '_'.")
-        if name in self.attachments:
-            raise StateError(f"The name {name!r} is taken. Detach it first, or choose another name.")
-
-    def _refuse_while_merged(self, action: str) -> None:
-        if self._merged is not None:
-            raise StateError(f"Cannot {action} while merged. Call unmerge() first.")
-
-    def _check_together(self, names: tuple[str, ...], weights: tuple[float, ...]) -> None:
-        selected: dict[str, str] = {}
-        for name, weight in zip(names, weights, strict=True):
-            attachment = self.attachments[name]
-            for parameter, _ in attachment.selection:
-                if parameter in selected:
-                    raise StateError(
-                        f"{selected[parameter]!r} and {name!r} both have their own value of {parameter}, so they "
-                        "cannot be active together."
-                    )
-                selected[parameter] = name
-            unscalable = next((key for key, site, _ in attachment.sites if not self._taps[site.identity].weighted), "")
-            own = [key for key, _ in attachment.selection if key not in attachment.head_names]
-            if weight != 1.0 and (unscalable or own):
-                raise StateError(
-                    f"The change of {name!r} at {unscalable or own[0]} cannot be scaled; its weight must be 1."
-                )
-
-    def _set_live(self, live: dict[str, float]) -> None:
-        """Take everything off the model, then put the given attachments on."""
-        for name in reversed(tuple(self.control.live)):
-            attachment = self.attachments[name]
-            attachment.trainable(False)
-            attachment.selection.swap_out()
-        self._installation.take_off()
-        self.control.live.clear()
-        self.control.live.update(live)
-        for name in live:
-            attachment = self.attachments[name]
-            attachment.selection.swap_in()
-            attachment.trainable(True)
-        if live:
-            self._installation.put_on()
-
-    def _release(self) -> None:
-        """Make the model forget this handle."""
-        self.model.__dict__.pop(HANDLE, None)
-        self.model.__dict__.pop(_RESIZE, None)

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.laws.cases import GENERATES, PADS, Case, Only, cases, sides, take_steps
+from deltune.errors import StateError
+from deltune.methods import parse
+from deltune.sites import Insertion
+from tests.laws.cases import GENERATES, METHODS, PADS, Case, Only, can_be_routed, cases, sides, take_steps
 from tests.zoo import Architecture
 
 TOLERANCE = 2e-5
@@ -30,6 +33,48 @@ def test_a_row_does_not_depend_on_padding_or_batch_mates(case: Case, side: Any) 
         if case.head != "classification":
             mine = mine[architecture.real(batch)[row]]
         assert torch.allclose(mine, alone, atol=TOLERANCE * float(alone.abs().max().clamp(min=1))), row
+
+
+ROUTED = Only("it trains parameters of the model that all rows go through", can_be_routed)
+ROWS_EVERYWHERE = Only(
+    "its matrices of queries and keys read a table of relative positions too, which has no rows of the batch",
+    lambda architecture: architecture.name != "deberta-v2",
+)
+
+
+#: Without positions or a mask that could tell, no row can have fewer prompt rows than the others.
+ONE_LENGTH = ("bart", "vit", "clip", "clip-text", "clip-vision", "clip-image", "blip", "blip-caption")
+
+
+@pytest.mark.parametrize("case", cases(methods=ROUTED, architectures=ROWS_EVERYWHERE))
+def test_a_routed_batch_equals_each_row_alone(case: Case) -> None:
+    model = case.build()
+    tuned = case.attach(model, name="first")
+    batch = case.batch()
+    take_steps(tuned, case, batch)
+    torch.manual_seed(2)
+    tuned.attach(METHODS[case.method], name="second")
+    take_steps(tuned, case, case.batch(seed=1))  # other data, because some methods start without random numbers
+    rows = len(case.output(model, batch))
+    route = [("second", None, "first")[row % 3] for row in range(rows)]
+    alone = {}
+    for name in ("first", "second"):
+        tuned.activate(name)
+        alone[name] = case.output(model, batch)
+    with tuned.disabled():
+        alone[None] = case.output(model, batch)
+    tuned.activate("first")
+    if parse(METHODS[case.method]).insertion is Insertion.TOKENS and case.architecture.name in ONE_LENGTH:
+        with tuned.routed(route), pytest.raises(StateError, match="different lengths"):
+            case.output(model, batch)
+        route = [("second", "first")[row % 2] for row in range(rows)]
+    with tuned.routed(route):
+        together = case.output(model, batch)
+    for row, name in enumerate(route):
+        expected = alone[name][row]
+        assert torch.allclose(together[row], expected, atol=TOLERANCE * float(expected.abs().max().clamp(min=1))), name
+    assert not torch.allclose(alone["first"], alone["second"])
+    assert torch.equal(case.output(model, batch), alone["first"])  # all is as before
 
 
 def generated(model: Any, prompt: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

@@ -60,6 +60,9 @@ MATRICES = st.sampled_from(
     ["attention.query", "attention.query,attention.value", "attention.*", "ffn.*", "attention.* ffn.*", "ffn.down"]
 )
 SUBLAYERS = st.sampled_from(["attention", "ffn", "attention,ffn"])
+STARTS = st.sampled_from(
+    ["initialization=kaiming"] + [f"initialization=truncated, standard_deviation={size}" for size in (0.01, 0.3)]
+)
 
 
 @st.composite
@@ -74,9 +77,24 @@ def lora(draw: st.DrawFn) -> str:
 def adapter(draw: st.DrawFn) -> str:
     return (
         f"sequential-adapter(width={draw(st.integers(1, 9))}, "
-        f"standard_deviation={draw(st.sampled_from([0, 0.01, 0.3]))}, train_norms={draw(st.booleans())}, "
+        f"{draw(STARTS)}, train_norms={draw(st.booleans())}, "
         f"activation={draw(st.sampled_from(['relu', 'gelu_pytorch_tanh', 'silu']))}, "
         f"targets='{draw(SUBLAYERS)}{draw(LAYERS)}')"
+    )
+
+
+@st.composite
+def other_adapter(draw: st.DrawFn) -> str:
+    name, targets = draw(
+        st.sampled_from(
+            [("pfeiffer-adapter", "ffn"), ("residual-adapter", "layer")]
+            + [("parallel-adapter", sublayers) for sublayers in ("attention", "ffn", "attention,ffn")]
+        )
+    )
+    return (
+        f"{name}(width={draw(st.sampled_from(['1', '5', 'd/4']))}, {draw(STARTS)}, "
+        f"scale={draw(st.sampled_from(['1', '4', 'learned', 'channel']))}, layer_norm={draw(st.booleans())}, "
+        f"dropout={draw(st.sampled_from([0, 0.3]))}, targets='{targets}{draw(LAYERS)}')"
     )
 
 
@@ -106,7 +124,7 @@ SELECTIVE = st.sampled_from(
 )
 #: Sums of a change of weights, of sublayers, of keys and of input: any of them go together.
 SUMS = st.tuples(lora(), prefix(), prompt(), adapter()).map(" + ".join)
-SPECIFICATIONS = st.one_of(lora(), adapter(), prefix(), prompt(), SELECTIVE, SUMS)
+SPECIFICATIONS = st.one_of(lora(), adapter(), other_adapter(), prefix(), prompt(), SELECTIVE, SUMS)
 DTYPES = st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16])
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -259,17 +260,17 @@ def test_an_invisible_prefix_is_the_frozen_model(
     real = case.architecture.real(batch)
     widened = attention_site._widened
 
-    def hidden(mask: Tensor, count: int, visible: bool | float) -> Tensor:
-        if mask.dtype == torch.bool:
-            return widened(mask, count, False)
-        return widened(mask, count, float("-inf"))
+    def hidden(mask: Tensor, added: Any) -> Tensor:
+        rows, _, count, _ = added.keys.shape
+        return widened(mask, replace(added, visible=torch.zeros(rows, 1, 1, count, dtype=torch.bool)))
 
     with tuned.disabled():
         bare = case.output(tuned.model, batch)[real]
     assert (case.output(tuned.model, batch)[real] - bare).abs().max() > 1e-3
     monkeypatch.setattr(attention_site, "_widened", hidden)
     # not bit for bit: kernels add longer rows in another order
-    assert (case.output(tuned.model, batch)[real] - bare).abs().max() <= 1e-6 * float(bare.abs().max())
+    # in float32 the kernel sums in another order: 2.4e-6 was the most
+    assert (case.output(tuned.model, batch)[real] - bare).abs().max() <= 5e-6 * float(bare.abs().max())
 
 
 CAUSAL = [architecture for architecture in DISPATCHING if architecture.kind in ("decoder", "encoder-decoder")]

@@ -56,11 +56,11 @@ def test_freshly_attached_changes_nothing(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", cases(named("sequential-adapter", because="the law is of adapters")))
-def test_adapter_of_zeros_changes_nothing(case: Case) -> None:
+def test_adapter_that_is_zero_upwards_changes_nothing(case: Case) -> None:
     model = case.build()
     batch = case.batch()
     before = case.output(model, batch)
-    deltune.attach(model, "sequential-adapter(width=4, standard_deviation=0)")
+    deltune.attach(model, "sequential-adapter(width=4, initialization=kaiming)")
     assert torch.equal(case.output(model, batch), before)
 
 

@@ -1,7 +1,7 @@
 """Prefix tuning, against its fact sheet and against Hugging Face peft.
 
 In tests/laws/test_prefix_reference.py: 3 (real keys and values), 8 (an invisible prefix), 9 (encoder states) and
-10 (generation), over every architecture. Left for later: prefixes of real words, infixes.
+10 (generation), over every architecture. Prefixes of real words and shifted positions: test_prefix_words.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import deltune
 from deltune.errors import StateError, TargetError
-from deltune.methods.additive.prefix_tuning import Prefix, PrefixTrunk, ReparameterizedPrefix
+from deltune.methods.additive.prefix_forms import Prefix, PrefixTrunk, ReparameterizedPrefix
 from tests.laws.gate_form import naive_attention, prefixes_of
 from tests.methods.common import attached, bits, build, loss_of, output, relative_error, train
 from tests.methods.sizes import BERT_BASE, LLAMA

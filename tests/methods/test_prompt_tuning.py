@@ -1,7 +1,7 @@
 """Prompt tuning, against its fact sheet and against Hugging Face peft.
 
 In tests/laws/test_batches.py, over every architecture: 4 (padding) and 6 (generation equals teacher forcing).
-Left for later: 8 (rows of class labels), 10 (ensembles), 11 (a batch of several tasks), which are not offered yet.
+In tests/prompting/test_ensemble.py: 10 (ensembles). What starts from prompts of other tasks: test_multitask_prompts.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import deltune
 from deltune.errors import MethodError, StateError
 from tests.methods.common import attached, build, loss_of, output, relative_error, train
 from tests.methods.sizes import BERT_BASE, LLAMA
+from tests.tasks.tiny import byte_tokenizer, word_tokenizer
 from tests.zoo import ARCHITECTURES
 
 SMALL = "prompt-tuning(length=3)"
@@ -114,6 +115,125 @@ def test_7_rows_are_copies_and_not_views() -> None:
     tuned = deltune.attach(model, SMALL)
     train(tuned, ARCHITECTURES["gpt2"].batch())
     assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+# -- rows from text and labels -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tokenizer of whole words: good 4, bad 5, fine 6, film 7."""
+    folder = tmp_path_factory.mktemp("words")
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "t5", "bert"])
+def test_8_a_label_starts_as_the_mean_of_its_tokens(name: str, words: str) -> None:
+    """Gemma scales its embeddings, and so must the rows be."""
+    method = deltune.PromptTuning(length=5, start_labels=("good", "bad film", "film film bad"), tokenizer=words)
+    tuned, _ = attached(name, method, dtype=torch.float64)  # type: ignore[arg-type]
+    rows, embed = rows_of(tuned).detach(), tuned.model.get_input_embeddings()
+    with torch.no_grad():
+        for row, ids in zip(rows, ([4], [5, 7], [7, 7, 5]), strict=False):
+            expected = sum(embed(torch.tensor([token]))[0] for token in ids) / len(ids)
+            assert relative_error(row, expected) < 1e-7
+        everything = embed(torch.arange(100))
+    for row in rows[3:]:  # more rows than labels
+        assert (everything == row).all(1).any()
+
+
+def test_8_labels_may_fill_the_prompt(words: str) -> None:
+    tuned, _ = attached("gpt2", f"prompt-tuning(length=2, start_labels='good,bad', tokenizer={words})")
+    assert torch.equal(rows_of(tuned), tuned.model.get_input_embeddings().weight[[4, 5]])
+
+
+@pytest.mark.parametrize(("length", "ids"), [(2, [4, 7]), (3, [4, 7, 5]), (8, [4, 7, 5, 4, 7, 5, 4, 7])])
+def test_text_is_repeated_or_cut(length: int, ids: list[int], words: str) -> None:
+    tuned, _ = attached("gpt2", f"prompt-tuning(length={length}, start_text='good film bad', tokenizer={words})")
+    assert torch.equal(rows_of(tuned), tuned.model.get_input_embeddings().weight[ids])
+    assert tuned.attachments["default"].method.initialization == "text"  # type: ignore[attr-defined]
+
+
+def test_the_tokenizer_is_that_of_the_models_folder(words: str) -> None:
+    model = build("gpt2")
+    model.config._name_or_path = words
+    tuned = deltune.attach(model, "prompt-tuning(length=1, start_text=film)")
+    assert torch.equal(rows_of(tuned)[0], model.get_input_embeddings().weight[7])
+
+
+def test_without_a_tokenizer_it_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match=r"start_text needs.*not loaded from a folder.*tokenizer=FOLDER"):
+        deltune.attach(build("gpt2"), "prompt-tuning(start_text=film)")
+    method = deltune.PromptTuning(start_labels=("film",), tokenizer=str(tmp_path))
+    with pytest.raises(MethodError, match=r"start_labels needs.*none that can be read.*tokenizer=FOLDER"):
+        deltune.attach(build("gpt2"), method)
+
+
+def test_text_without_a_place_in_the_table_is_refused(words: str, tmp_path: Path) -> None:
+    with pytest.raises(MethodError, match="no tokens of ' '"):
+        deltune.attach(build("gpt2"), deltune.PromptTuning(start_text=" ", tokenizer=words))
+    byte_tokenizer().save_pretrained(tmp_path)  # 261 tokens, the models embed 100
+    with pytest.raises(MethodError, match=r"the model embeds 100 tokens.*of another model"):
+        deltune.attach(build("gpt2"), deltune.PromptTuning(start_text="é", tokenizer=str(tmp_path)))
+    with pytest.raises(MethodError, match="vision is not made of tokens"):
+        deltune.attach(build("vit"), deltune.PromptTuning(start_text="film", tokenizer=words))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("initialization=text", "initialization=text needs the option start_text"),
+        ("initialization=trained", "needs the option start_from"),
+        ("initialization=uniform, start_text=a", "not from start_text and initialization=uniform"),
+        ("start_text=a, start_labels='b,c'", "not from start_text and start_labels"),
+        ("tokenizer=folder", "tokenizer is read for start_text or start_labels only"),
+        ("length=1, start_labels='a,b'", "2 start_labels need as many rows, but length is 1. Use length=2"),
+        ("similar_to=folder", "Give start_from and similar_to"),
+        ("start_from=folder, nearest=1", "Give start_from and similar_to"),
+        ("start_from='a,b', similar_to=c, nearest=3", "nearest is 3, but start_from has 2 folders"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: str, message: str) -> None:
+    with pytest.raises(MethodError, match=message):
+        deltune.methods.parse(f"prompt-tuning({options})")
+
+
+def test_options_are_read_back_from_their_text() -> None:
+    for method in (
+        deltune.PromptTuning(start_text="Is it good, (or) bad?"),
+        deltune.PromptTuning(start_labels=("very good", "bad")),
+        deltune.PromptTuning(start_from=("runs/a", "runs/b"), similar_to="runs/short", nearest=1),
+    ):
+        assert deltune.methods.parse(str(method)) == deltune.methods.parse(method.to_dict()) == method
+
+
+def test_12_a_saved_prompt_needs_no_tokenizer(words: str, tmp_path: Path) -> None:
+    tuned, batch = attached("gpt2", f"prompt-tuning(length=3, start_text=film, tokenizer={words})")
+    train(tuned, batch)
+    tuned.save(tmp_path)
+    loaded = deltune.load(build("gpt2"), tmp_path)
+    assert loaded.attachments["default"].method == deltune.PromptTuning(length=3, initialization="uniform")
+    assert torch.equal(output(loaded.model, batch), output(tuned.model, batch))
+
+
+# -- several tasks in one batch ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "t5", "bert"])
+def test_11_each_row_of_a_mixed_batch_has_its_own_prompt(name: str) -> None:
+    tuned, batch = attached(name, "prompt-tuning(length=3)")
+    torch.manual_seed(5)
+    tuned.attach("prompt-tuning(length=3)", "other")
+    alone = {}
+    for task in ("default", "other"):
+        tuned.activate(task)
+        alone[task] = output(tuned.model, batch)
+    with tuned.routed(["other", "default", "other"]):
+        together = output(tuned.model, batch)
+    for row, task in enumerate(("other", "default", "other")):
+        assert relative_error(together[row], alone[task][row]) < 1e-5
+    assert relative_error(alone["other"], alone["default"]) > 1e-3
 
 
 def test_9_random_rows_stay_in_their_range_and_repeat() -> None:

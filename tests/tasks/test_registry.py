@@ -15,7 +15,8 @@ def test_every_task_is_complete(name):
     task = get_task(name)
     assert task.name == name
     assert task.__name__ in deltune.tasks.__all__
-    options = {"label_names": ("a", "b")} if name == "text-classification" else {}
+    names = {"text-classification": ("a", "b"), "cloze": ("a", "b"), "token-tagging": ("O", "B", "I")}
+    options = {"label_names": names[name]} if name in names else {}
     built = task(**options)
     assert task_from_description(built.describe()) == built
     assert built.columns(labelled=False)

@@ -115,6 +115,10 @@ class Part:
         dispatches: for the role ``attention``: whether it calls transformers' attention interface.
         index: number among parts of the same role in the same place (the two norms of a layer); None if
             alone.
+        norm_before: for sublayers: name of the norm that reads the residual stream in front of it, where the model
+            normalises before its sublayers; None elsewhere.
+        norm_after: for sublayers: name of the norm that reads the sum of the result and the residual stream, where
+            the model normalises afterwards; None elsewhere. Both are None where that is not known.
     """
 
     role: str
@@ -126,6 +130,8 @@ class Part:
     attention: AttentionShape | None = None
     dispatches: bool = True
     index: int | None = None
+    norm_before: str | None = None
+    norm_after: str | None = None
 
     @property
     def key(self) -> str:
@@ -178,6 +184,11 @@ class Stack:
         hidden_size: features of the hidden states that go through its layers.
         tokens: where additional input positions enter; None if they cannot.
         repeats: how often each layer is applied in one forward pass: once, but in ALBERT.
+        entry: module whose call is one pass through the stack; it holds the layers.
+        exit: module whose (first) output is the stack's final hidden states, which head, pooler, language-model head
+            or another stack's cross-attention read; None if that is not known.
+        final_norm: the norm between the last layer and those final states, in models that normalise before each
+            sublayer; None if there is none.
     """
 
     name: str
@@ -185,6 +196,9 @@ class Stack:
     hidden_size: int
     tokens: TokenEntry | None = None
     repeats: int = 1
+    entry: str = ""
+    exit: str | None = None
+    final_norm: str | None = None
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from deltune.backbone.anatomy import Anatomy, AttentionShape, Part, Rows, Stack, TokenEntry
-from deltune.backbone.families import FAMILIES, AttentionRow, Cell, Family, Fused, StackRow, TokenRow, path_of
+from deltune.backbone.families import (
+    FAMILIES,
+    AttentionRow,
+    Cell,
+    Family,
+    FeedForwardRow,
+    Fused,
+    StackRow,
+    TokenRow,
+    path_of,
+)
 from deltune.backbone.heads import heads_of
 from deltune.backbone.matrices import out_features
 from deltune.backbone.structure import structural_family
@@ -127,7 +137,19 @@ class _Describer:
             repeats = total // distinct
         hidden_size = out_features(self.modules[f"{layers[0]}.{row.ffn.down}"])
         tokens = self._tokens(row, row.tokens, hidden_size) if row.tokens else None
-        return Stack(row.name, layers, hidden_size, tokens, repeats)
+        exit_path = row.exit if row.exit is not None or row.tokens is None else row.tokens.exit
+        entry_path = exit_path or "" if row.tokens is None else row.tokens.entry
+        normed = row.final_norm is not None and self._has(row.final_norm)
+        return Stack(
+            row.name,
+            layers,
+            hidden_size,
+            tokens,
+            repeats,
+            entry=self._name(entry_path),
+            exit=None if exit_path is None else self._name(exit_path),
+            final_norm=self._name(row.final_norm) if normed and row.final_norm else None,
+        )
 
     def _parts(self, row: StackRow, layers: tuple[str, ...]) -> Iterator[Part]:
         if self._has(row.embeddings):
@@ -145,19 +167,27 @@ class _Describer:
             yield from self._attention(row, row.cross, row.cross_name, index, layer)
         ffn = row.ffn
         block = f"{layer}.{ffn.block}" if ffn.block else layer
-        yield Part("ffn", row.name, index, block, result=f"{layer}.{ffn.result}")
+        norms = self._norms(ffn, layer)
+        yield Part("ffn", row.name, index, block, result=f"{layer}.{ffn.result}", **norms)
         for role, cell in (("ffn.up", ffn.up), ("ffn.gate", ffn.gate), ("ffn.down", ffn.down)):
             if cell is not None:
                 yield self._matrix(role, row.name, index, layer, cell, None)
-        norms = [f"{layer}.{path}" for path in row.norms if f"{layer}.{path}" in self.modules]
-        for number, name in enumerate(norms):
+        present = [f"{layer}.{path}" for path in row.norms if f"{layer}.{path}" in self.modules]
+        for number, name in enumerate(present):
             yield Part("norm", row.name, index, name, index=number)
+
+    def _norms(self, sublayer: AttentionRow | FeedForwardRow, layer: str) -> dict[str, Any]:
+        """The norm before or after a sublayer, if the row says it and the model has it."""
+        paths = {"norm_before": sublayer.norm_before, "norm_after": sublayer.norm_after}
+        names = {place: f"{layer}.{path}" for place, path in paths.items() if path is not None}
+        return {place: name for place, name in names.items() if name in self.modules}
 
     def _attention(self, row: StackRow, attention: AttentionRow, stack: str, index: int, layer: str) -> Iterator[Part]:
         shape = self._attention_shape(row, attention, layer)
         block = f"{layer}.{attention.block}"
         result = f"{layer}.{attention.result}"
-        yield Part("attention", stack, index, block, None, result, shape, attention.dispatches)
+        norms = self._norms(attention, layer)
+        yield Part("attention", stack, index, block, None, result, shape, attention.dispatches, **norms)
         for role, cell in (
             ("attention.query", attention.query),
             ("attention.key", attention.key),

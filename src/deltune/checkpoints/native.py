@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import deltune
 from deltune.attachment import Attachment
 from deltune.checkpoints.files import write_json, write_tensors
-from deltune.errors import CheckpointError, nearest
+from deltune.errors import CheckpointError
+from deltune.methods.saved import FORMAT, TENSOR_FILE, read, read_description
 
 __all__ = ["DESCRIPTION_FILE", "TENSOR_FILE", "fill", "read", "read_description", "write"]
 
-TENSOR_FILE = "delta.safetensors"
 DESCRIPTION_FILE = "deltune.json"
-_FORMAT = 1
 
 
 def write(attachment: Attachment, base_model: Mapping[str, Any], path: str | Path) -> Path:
@@ -44,18 +42,9 @@ def write(attachment: Attachment, base_model: Mapping[str, Any], path: str | Pat
     return folder
 
 
-def read_description(path: str | Path) -> dict[str, Any]:
-    """What a folder says of its delta: method, base model, task, versions.
-
-    Raises:
-        CheckpointError: if it holds no delta or a damaged one.
-    """
-    return read(path, tensors=False)[0]
-
-
 def _description(attachment: Attachment, base_model: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "name": attachment.name,
         "method": attachment.method.stored(attachment.forms).to_dict(),
         "base_model": dict(base_model),
@@ -71,53 +60,15 @@ def _stored_tensors(attachment: Attachment) -> dict[str, Tensor]:
         form = placed.form.stored()
         if form is not None:
             tensors.update({f"{key}.{name}": value for name, value in form.named_parameters()})
+            tensors.update({f"{key}.{name}": form.get_buffer(name) for name in form.saved_buffers})
     tensors.update(dict(attachment.selection))
     return tensors
-
-
-def read(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description in the folder ``path``, and its tensors by key.
-
-    Raises:
-        CheckpointError: if it holds no delta or a damaged one.
-    """
-    folder = Path(path)
-    file = folder / TENSOR_FILE
-    if not file.is_file():
-        raise CheckpointError(_absent(folder))
-    try:
-        with safe_open(str(file), framework="pt") as stream:
-            metadata = stream.metadata() or {}
-            values = {key: stream.get_tensor(key) for key in stream.keys()} if tensors else {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is damaged or cut short ({error}). Save or copy it again; nothing was loaded."
-        ) from error
-    if "deltune" not in metadata:
-        raise CheckpointError(f"{file} was not written by deltune: its header has no description.")
-    description: dict[str, Any] = json.loads(metadata["deltune"])
-    if description["format"] > _FORMAT:
-        raise CheckpointError(
-            f"{file} has format {description['format']}; this deltune reads up to {_FORMAT}. Upgrade deltune."
-        )
-    return description, values
-
-
-def _absent(folder: Path) -> str:
-    if not folder.exists():
-        around = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        close = nearest(folder.name, around)
-        return f"{folder} does not exist." + (f" Did you mean {' or '.join(close)}?" if close else "")
-    below = sorted(str(found.parent) for found in folder.glob(f"*/{TENSOR_FILE}"))
-    if below:
-        return f"{folder} holds no delta itself, but these folders do: {', '.join(below[:5])}."
-    return f"{folder} holds no delta: there is no {TENSOR_FILE} in it. Give the folder that save() wrote."
 
 
 def fill(
     attachment: Attachment, tensors: Mapping[str, Tensor], head: set[str], strict: bool, folder: str | Path
 ) -> None:
-    """Copy tensors into the attachment's parameters.
+    """Copy tensors into the attachment's parameters, and into what its forms keep frozen.
 
     Args:
         attachment: freshly built by the method that the tensors were trained with.
@@ -129,7 +80,9 @@ def fill(
     Raises:
         CheckpointError: naming every missing, unexpected and misshapen tensor; nothing is copied then.
     """
-    parameters = dict(attachment.parameters())
+    parameters: dict[str, Tensor] = dict(attachment.parameters())
+    for key, form in attachment.forms.items():
+        parameters.update({f"{key}.{name}": form.get_buffer(name) for name in form.saved_buffers})
     missing = [key for key in parameters if key not in tensors]
     unexpected = [key for key in tensors if key not in parameters]
     misshapen = [
@@ -156,3 +109,5 @@ def fill(
         for key, parameter in parameters.items():
             if key in tensors:
                 parameter.copy_(tensors[key])
+    for form in attachment.forms.values():
+        form.restored()

@@ -12,7 +12,9 @@ __all__ = ["compare"]
 
 def compare(
     model: Annotated[str, typer.Option(help="Folder of a pretrained model, or its name on the hub.")],
-    data: Annotated[str, typer.Option(help="File (csv, tsv, json, jsonl, parquet), folder, or name of a dataset.")],
+    data: Annotated[
+        str, typer.Option(help="File (csv, tsv, json, jsonl, parquet, conll), folder, or name of a dataset.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for results.jsonl and the report.")],
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas: 'full,lora(rank=8, alpha=16),bitfit'.")
@@ -49,8 +51,8 @@ def compare(
 ) -> None:
     """Train several methods on the same examples with the same budget, and report what each costs and reaches.
 
-    The majority class and a linear head on the frozen model run besides. Stopping loses nothing: the same command
-    goes on.
+    The majority class (or tag) and a linear head on the frozen model run besides. Stopping loses nothing: the same
+    command goes on.
     """
     from rich.console import Console
 

@@ -20,7 +20,7 @@ __all__ = ["evaluate"]
 def evaluate(
     model: Annotated[str, typer.Option(help="Folder of the pretrained model.")],
     delta: Annotated[Path, typer.Option(help="Folder that deltune tune wrote.")],
-    data: Annotated[str, typer.Option(help="Data with labels: csv, tsv, json, jsonl, parquet, or a name.")],
+    data: Annotated[str, typer.Option(help="Data with labels: csv, tsv, json, jsonl, parquet, conll, or a name.")],
     split: Annotated[str | None, typer.Option(help="Split of a named dataset.")] = None,
     limit: Annotated[int | None, typer.Option(help="Measure on this many rows, from the beginning.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.", min=1)] = 32,

@@ -22,7 +22,9 @@ __all__ = ["predict"]
 def predict(
     model: Annotated[str, typer.Option(help="Folder of the pretrained model.")],
     delta: Annotated[Path, typer.Option(help="Folder that deltune tune wrote.")],
-    data: Annotated[str | None, typer.Option(help="Data without labels: csv, tsv, json, jsonl, parquet.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data without labels: csv, tsv, json, jsonl, parquet, conll.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON lines file for the predictions; printed if none.")] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="A text to predict for; as often as the task reads columns.")
@@ -36,7 +38,8 @@ def predict(
 ) -> None:
     """Predict for a text or a file, for the task that the delta was trained for.
 
-    Each prediction is one line of JSON: a label with its probabilities, a number, or a generated text.
+    Each prediction is one line of JSON: a label with its probabilities, a number, tags of words, or a
+    generated text.
     """
     from deltune.training.settings import TrainingSettings
 

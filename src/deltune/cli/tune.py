@@ -62,7 +62,9 @@ def tune(
     method: Annotated[
         str | None, typer.Option(help="As 'lora', 'lora(rank=16)', 'lora + bitfit'; lora if none.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Training data: csv, tsv, json, jsonl, parquet, or a name.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training data: csv, tsv, json, jsonl, parquet, conll, or a name.")
+    ] = None,
     evaluation: Annotated[
         str | None, typer.Option(help="Evaluation data, or the share of the training data to set aside, as 0.1.")
     ] = None,
@@ -133,7 +135,7 @@ def _run(request: TuneRequest) -> tuple[Tuned, FitResult]:
     task = request.task.from_data(train, **request.task_options)
     evaluation = None
     if isinstance(request.evaluation, float):
-        label = getattr(task, "label", None) if request.task.name == "text-classification" else None
+        label = getattr(task, "label", None) if request.task.name in ("text-classification", "cloze") else None
         train, evaluation = split_dataset(train, request.evaluation, seed=request.settings.seed, stratify=label)
     elif request.evaluation is not None or request.evaluation_split is not None:
         evaluation = read_dataset(request.evaluation or request.data, request.evaluation_split)

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from deltune.compare.plan import Comparison
 from deltune.errors import DataError
-from deltune.tasks import TextClassification, fingerprint, read_dataset, split_dataset
+from deltune.tasks import TextClassification, TokenTagging, fingerprint, get_task, read_dataset, split_dataset
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["ComparisonData", "model_fingerprint", "prepare_data"]
+
+#: Tasks that can be compared: those that assign one of several labels.
+ComparableTask = TextClassification | TokenTagging
 
 #: Of larger files of a model, only this many bytes at either end are read to know it again.
 _SAMPLE_BYTES = 1 << 20
@@ -30,7 +33,7 @@ class ComparisonData:
         evaluation: evaluation examples; none of their texts is among the training examples.
     """
 
-    task: TextClassification
+    task: ComparableTask
     train: Dataset
     evaluation: Dataset
 
@@ -47,7 +50,8 @@ class ComparisonData:
 def prepare_data(comparison: Comparison) -> ComparisonData:
     """Read and split the data of a comparison.
 
-    The classes have the same shares among training and evaluation examples as in the data.
+    Where an example has one class, the classes have the same shares among training and evaluation examples as in the
+    data.
 
     Raises:
         DataError: if the data cannot be read, do not fit the task, or are fewer than asked for.
@@ -56,7 +60,8 @@ def prepare_data(comparison: Comparison) -> ComparisonData:
     options = dict(comparison.task_options)
     if comparison.max_length is not None:
         options["max_length"] = comparison.max_length
-    task = TextClassification.from_data(dataset, **options)
+    kind: Any = get_task(comparison.task)
+    task: ComparableTask = kind.from_data(dataset, **options)
     seed = comparison.split_seed
     if comparison.evaluation_data is not None:
         train = dataset
@@ -69,13 +74,13 @@ def prepare_data(comparison: Comparison) -> ComparisonData:
             dataset,
             comparison.evaluation_size or 0.1,
             seed=seed,
-            stratify=task.label,
+            stratify=_class_column(task),
             texts=task.columns(labelled=False),
         )
     return ComparisonData(task, _sample(train, comparison.train_size, task, seed, "training"), evaluation)
 
 
-def _sample(dataset: Dataset, size: int | None, task: TextClassification, seed: int, what: str) -> Dataset:
+def _sample(dataset: Dataset, size: int | None, task: ComparableTask, seed: int, what: str) -> Dataset:
     if size is None or size == len(dataset):
         return dataset
     if size > len(dataset):
@@ -83,7 +88,13 @@ def _sample(dataset: Dataset, size: int | None, task: TextClassification, seed: 
             f"{size} {what} examples are asked for, but there are only {len(dataset)}. Ask for fewer, or give more "
             "data."
         )
-    return split_dataset(dataset, size, seed=seed, stratify=task.label, texts=task.columns(labelled=False)).evaluation
+    texts = task.columns(labelled=False)
+    return split_dataset(dataset, size, seed=seed, stratify=_class_column(task), texts=texts).evaluation
+
+
+def _class_column(task: ComparableTask) -> str | None:
+    """The column of the class of an example; none where an example has many tags."""
+    return task.label if isinstance(task, TextClassification) else None
 
 
 def model_fingerprint(model: str) -> str:

@@ -18,7 +18,7 @@ MAJORITY = "majority"
 #: Row of the frozen model of which only the head is trained.
 LINEAR_HEAD = "linear-head"
 
-_TASKS = ("text-classification",)
+_TASKS = ("text-classification", "token-tagging")
 _LINEAR_HEAD_METHOD = "freeze(layers=0)"
 #: A fresh linear layer on frozen features wants a greater rate than the layers below it.
 _LINEAR_HEAD_RATE = 1e-2

@@ -7,7 +7,7 @@ from deltune.measure import Spread
 __all__ = ["count", "duration", "quality", "quality_number", "share", "size"]
 
 #: Metrics that are shares of something and read best in per cent.
-_PERCENTAGES = ("accuracy", "macro_f1")
+_PERCENTAGES = ("accuracy", "macro_f1", "f1")
 
 
 def count(value: float) -> str:

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -29,6 +29,9 @@ from deltune.measure import PeakMemory, provenance, release_memory, resident_byt
 from deltune.quantization import reader
 from deltune.training import FitResult, TrainingSettings, fit
 from deltune.tuned import Tuned, attach
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["main", "run_job"]
 
@@ -100,17 +103,22 @@ def run_job(job: Job, emit: Emit) -> None:
 
 
 def majority(comparison: Comparison, data: ComparisonData) -> dict[str, Any]:
-    """Answer every evaluation example with the most frequent class of the training examples."""
-    import numpy
+    """Answer always with the most frequent label of the training examples: a class, or a tag for every word.
 
+    The scores that stand for it are the logarithms of the labels' shares, so that a loss is that of knowing nothing
+    but these.
+    """
     tokenizer = data.task.load_tokenizer(comparison.model)
     with PeakMemory() as memory:
-        train = numpy.asarray(data.task.encode(data.train, tokenizer)["labels"])
-        labels = numpy.asarray(data.task.encode(data.evaluation, tokenizer)["labels"])
-        counts = numpy.bincount(train, minlength=len(data.task.label_names))
-        logits_NC = numpy.zeros((len(labels), len(counts)))
-        logits_NC[:, counts.argmax()] = 1.0
-        metrics = data.task.metrics(logits_NC, labels)
+        train, labels = (_labels(data.task.encode(rows, tokenizer)) for rows in (data.train, data.evaluation))
+        # one more of each label than there are, so that no logarithm is infinite
+        counts = torch.bincount(train[train >= 0], minlength=len(data.task.label_names)) + 1
+        scores = (counts / counts.sum()).log()
+        parts = [
+            data.task.reduce_logits(scores.expand(*part.shape, -1), part)
+            for part in torch.split(labels, comparison.batch_size)
+        ]
+        metrics = data.task.metrics(torch.cat(parts), labels)
     return {
         "parameters": {"trainable": 0, "head": 0, "share": 0.0, "model": None},
         "metrics": metrics,
@@ -123,6 +131,14 @@ def majority(comparison: Comparison, data: ComparisonData) -> dict[str, Any]:
         "settings": {},
         "provenance": provenance(),
     }
+
+
+def _labels(rows: Dataset) -> torch.Tensor:
+    """The labels of encoded rows: [N], or [N, T] with -100 where there is none."""
+    values = [torch.as_tensor(value) for value in rows["labels"]]
+    if values[0].dim() == 0:
+        return torch.stack(values)
+    return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=-100)
 
 
 def _train(

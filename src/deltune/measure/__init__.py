@@ -5,14 +5,17 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
+from deltune.measure.adapters import use_picture, use_table
 from deltune.measure.memory import MemoryUse, PeakMemory, release_memory, resident_bytes
 from deltune.measure.provenance import cpu_count, provenance
 from deltune.measure.ranks import rank_picture, rank_table
+from deltune.measure.saved_tensors import SavedTensors
 from deltune.measure.statistics import Spread, proportion_interval
 
 __all__ = [
     "MemoryUse",
     "PeakMemory",
+    "SavedTensors",
     "Spread",
     "cpu_count",
     "proportion_interval",
@@ -21,4 +24,6 @@ __all__ = [
     "rank_table",
     "release_memory",
     "resident_bytes",
+    "use_picture",
+    "use_table",
 ]

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from deltune.measure.grids import grid_picture
+
 __all__ = ["rank_picture", "rank_table"]
 
 _ROLES = (
@@ -68,34 +70,8 @@ def rank_picture(ranks: Mapping[str, int], path: str | Path, title: str = "") ->
         ModuleNotFoundError: if matplotlib is not installed (extra ``report``).
         ValueError: if there are no ranks, or the ending is none that can be written.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
-
     if not ranks:
         raise ValueError("There are no ranks to draw.")
     layers, roles, cells = _cells(ranks)
     grid = [[cells.get((layer, role), float("nan")) for layer in layers] for role in roles]
-    highest = max(*ranks.values(), 1)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "deltune", "font.size": 9}):
-        figure = Figure(figsize=(1.9 + 0.42 * len(layers), 0.9 + 0.36 * len(roles)), layout="constrained")
-        axes = figure.subplots()
-        axes.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
-        for row, numbers in enumerate(grid):
-            for column, rank in enumerate(numbers):
-                if rank == rank:
-                    color = "white" if rank > 0.6 * highest else "#333333"
-                    axes.text(column, row, f"{rank:g}", ha="center", va="center", color=color)
-        axes.set_xticks(range(len(layers)), layers, rotation=90 if len(layers) > 8 else 30, ha="center")
-        axes.set_yticks(range(len(roles)), roles)
-        axes.set_xticks([column - 0.5 for column in range(1, len(layers))], minor=True)
-        axes.set_yticks([row - 0.5 for row in range(1, len(roles))], minor=True)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(which="minor", color="white", linewidth=1.5)
-        axes.tick_params(which="both", length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        if title:
-            axes.set_title(title, loc="left", fontsize=10)
-        figure.savefig(Path(path), dpi=150, metadata={"Date": None} if str(path).endswith(".svg") else None)
-    return Path(path)
+    return grid_picture(grid, roles, layers, path, title, max(*ranks.values(), 1), lambda rank: f"{rank:g}")

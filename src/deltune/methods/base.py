@@ -7,6 +7,7 @@ that it needs. Everything else (command line, comparison, saving, pages) reads w
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -209,11 +210,20 @@ class Method(ABC):
 
     def __str__(self) -> str:
         changed = [
-            f"{item.name}={getattr(self, item.name)}"
+            f"{item.name}={_typed(getattr(self, item.name))}"
             for item in dataclasses.fields(self)
             if getattr(self, item.name) != converted(item.default, get_type_hints(type(self))[item.name])
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def _typed(value: Any) -> Any:
+    """A value as it is typed in a method's text."""
+    if isinstance(value, tuple):
+        return _typed(",".join(map(str, value)))
+    if isinstance(value, str) and re.search(r"[^\w./-]", value):
+        return f"'{value}'" if "'" not in value else f'"{value}"'
+    return value
 
 
 @dataclass(frozen=True)

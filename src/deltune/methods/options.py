@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from deltune.backbone import Targets
 from deltune.errors import MethodError, suggestion
 
-__all__ = ["check", "converted", "fits", "option", "type_name"]
+__all__ = ["check", "converted", "fits", "option", "split", "type_name"]
 
 
 def option(
@@ -93,7 +93,7 @@ def converted(value: Any, hint: Any) -> Any:
             except ValueError:
                 continue
     if any(get_origin(member) is tuple for member in members):
-        return tuple(piece.strip() for piece in text.split(",") if piece.strip())
+        return tuple(piece.strip() for piece in split(text, ",") if piece.strip())
     return value
 
 
@@ -121,3 +121,22 @@ def type_name(hint: Any) -> str:
     }
     words = [names.get(member, "nothing" if member is type(None) else "a list") for member in _members(hint)]
     return " or ".join(words)
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Split at ``separator`` where it stands outside of parentheses and quotes."""
+    pieces, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "([":
+            depth += 1
+        elif character in ")]":
+            depth -= 1
+        elif character == separator and depth == 0:
+            pieces.append("")
+            continue
+        pieces[-1] += character
+    return pieces

@@ -175,7 +175,7 @@ def _plain(value: Any) -> str:
         return ",".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return str(value).replace(",", ", ")
+    return str(value).replace(",", ", ") or "none"
 
 
 def _terms(kind: type[Method], text: str) -> str:

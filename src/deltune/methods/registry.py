@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from deltune.errors import MethodError, suggestion
 from deltune.methods.base import Method, Sum
+from deltune.methods.options import split
 
 __all__ = ["all_methods", "get", "parse", "register", "split_specifications"]
 
@@ -91,7 +92,7 @@ def parse(specification: str | dict[str, Any] | Method) -> Method:
         if "methods" in options:
             options["methods"] = tuple(parse(part) for part in options["methods"])
         return get(str(options.pop("name", ""))).from_options(options)
-    terms = _split(specification, "+")
+    terms = split(specification, "+")
     methods = [_parse_term(term) for term in terms]
     total = methods[0]
     for method in methods[1:]:
@@ -122,7 +123,7 @@ def split_specifications(text: str) -> list[str]:
         >>> split_specifications("full, lora(rank=8, alpha=16),bitfit")
         ['full', 'lora(rank=8, alpha=16)', 'bitfit']
     """
-    return [piece.strip() for piece in _split(text, ",") if piece.strip()]
+    return [piece.strip() for piece in split(text, ",") if piece.strip()]
 
 
 def _split_options(text: str) -> list[str]:
@@ -132,31 +133,12 @@ def _split_options(text: str) -> list[str]:
     (``targets=attention.query,attention.value``).
     """
     options: list[str] = []
-    for piece in _split(text, ","):
+    for piece in split(text, ","):
         if options and piece.strip() and not re.match(r"\s*\w+\s*=", piece):
             options[-1] += f",{piece}"
         else:
             options.append(piece)
     return options
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split at ``separator`` where it stands outside of parentheses and quotes."""
-    pieces, depth, quote = [""], 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "([":
-            depth += 1
-        elif character in ")]":
-            depth -= 1
-        elif character == separator and depth == 0:
-            pieces.append("")
-            continue
-        pieces[-1] += character
-    return pieces
 
 
 def _load() -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from deltune.sites.attention import KeyValueForm, KeyValueSite, key_value_sites
+from deltune.sites.attention_positions import PositionShift, PositionSite, position_sites
+from deltune.sites.attention_records import recorded_keys_and_values
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
-from deltune.sites.embedding import TokenForm, TokenSite, token_sites
+from deltune.sites.embedding import ReadingTokenForm, TokenForm, TokenSite, token_sites
+from deltune.sites.layer import LayerForm, LayerSite, NormedSumSite, layer_sites, residual_sum_sites
 from deltune.sites.parallel import ParallelForm, ParallelSite, parallel_sites
 from deltune.sites.parameter import ParameterSite, Selection, parameter_modules
+from deltune.sites.pseudo_tokens import PseudoTokenSite, pseudo_token_sites
+from deltune.sites.states import StackStates, StatesForm, StatesSite, states_sites
 from deltune.sites.sublayer import SublayerForm, SublayerSite, sublayer_sites
 from deltune.sites.weight import WeightForm, WeightSite, weight_sites
 
@@ -16,11 +21,21 @@ __all__ = [
     "Insertion",
     "KeyValueForm",
     "KeyValueSite",
+    "LayerForm",
+    "LayerSite",
+    "NormedSumSite",
     "ParallelForm",
     "ParallelSite",
     "ParameterSite",
+    "PositionShift",
+    "PositionSite",
+    "PseudoTokenSite",
+    "ReadingTokenForm",
     "Selection",
     "Site",
+    "StackStates",
+    "StatesForm",
+    "StatesSite",
     "SublayerForm",
     "SublayerSite",
     "Tap",
@@ -29,8 +44,14 @@ __all__ = [
     "WeightForm",
     "WeightSite",
     "key_value_sites",
+    "layer_sites",
     "parallel_sites",
     "parameter_modules",
+    "position_sites",
+    "pseudo_token_sites",
+    "recorded_keys_and_values",
+    "residual_sum_sites",
+    "states_sites",
     "sublayer_sites",
     "token_sites",
     "weight_sites",

@@ -10,11 +10,10 @@ real ones, visible to every query.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,9 +23,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltune.backbone import Anatomy, AttentionShape, Targets
 from deltune.errors import StateError, TargetError
-from deltune.sites.base import Control, Form, Insertion, Site, Tap, named_arguments
+from deltune.sites.attention_positions import CountPositions
+from deltune.sites.base import Control, Form, Insertion, Site, Tap
 
-__all__ = ["KeyValueForm", "KeyValueSite", "key_value_sites", "with_additional_keys"]
+__all__ = ["KeyValueForm", "KeyValueSite", "dispatching_to", "key_value_sites", "own_function", "with_additional_keys"]
 
 #: Name of our function in transformers' attention interface.
 IMPLEMENTATION = "deltune"
@@ -82,24 +82,13 @@ class KeyValueTap(Tap):
         """
         module = modules[self.site.part.module]
         config: Any = module.config
-        self.implementation = config._attn_implementation or "eager"
-        if self.implementation not in ("eager", "sdpa"):
-            raise StateError(
-                f"Additional keys and values are not possible with the attention implementation "
-                f"{self.implementation!r}. Load the model with attn_implementation='sdpa' or 'eager'."
-            )
-        private = copy.copy(config)
-        # not through the property: its setter would write to the sub-configurations, which are shared
-        private.__dict__["_attn_implementation_internal"] = IMPLEMENTATION
+        self.implementation, private = dispatching_to(IMPLEMENTATION, config)
         self._original = (module, config)
         module.config = private
         module.__dict__[_TAP] = self
         self._handles.append(module.register_forward_hook(self))
         if self.site.positions_entry is not None:
-            entry = modules[self.site.positions_entry]
-            names = tuple(inspect.signature(entry.forward).parameters)
-            if "position_ids" in names:
-                self._handles.append(entry.register_forward_pre_hook(_CountPositions(self, names), with_kwargs=True))
+            self._handles.extend(CountPositions.install(self, modules[self.site.positions_entry]))
 
     def uninstall(self) -> None:
         """Give the module its own configuration back."""
@@ -118,40 +107,57 @@ class KeyValueTap(Tap):
                 "additional keys and values would have no effect in it. Choose a method that does not need them."
             )
 
-    def keys_and_values(self, reference: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of all live forms, joined, each (K, P, D) in the type of ``reference``."""
-        pairs = [form() for form, _ in self.live()]
-        if not pairs:
+    def keys_and_values(self, reference: Tensor) -> _Added | None:
+        """Keys and values of all live forms, for a batch shaped and typed ``reference`` (B, K, T, D); None for none."""
+        found = [(*form(), rows) for form, _, rows in self.changes(reference)]
+        if not found:
             return None
-        keys, values = zip(*pairs, strict=True)
-        return torch.cat(keys, dim=1).to(reference), torch.cat(values, dim=1).to(reference)
+        shape = (reference.shape[0], -1, -1, -1)
+        keys = torch.cat([key.expand(shape) for key, _, _ in found], dim=2).to(reference)
+        values = torch.cat([value.expand(shape) for _, value, _ in found], dim=2).to(reference)
+        if all(rows is None for _, _, rows in found):
+            return _Added(keys, values, None)
+        # each form has columns of its own, which other rows do not see
+        visible = torch.zeros(reference.shape[0], 1, 1, keys.shape[2], dtype=torch.bool, device=reference.device)
+        start = 0
+        for key, _, rows in found:
+            visible[rows, :, :, start : start + key.shape[1]] = True
+            start += key.shape[1]
+        return _Added(keys, values, visible)
 
 
 @dataclass
-class _CountPositions:
-    """Before a stack: number the real tokens from 0, where padding is given and positions are not."""
+class _Added:
+    """Keys and values (B, K, P, D), and which of them each row sees, (B, 1, 1, P) boolean; all of them for None."""
 
-    tap: KeyValueTap
-    names: tuple[str, ...]
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        arguments = named_arguments(self.names, args, kwargs)
-        mask = arguments.get("attention_mask")
-        if arguments.get("position_ids") is not None or not isinstance(mask, Tensor) or mask.dim() != 2:
-            return None
-        given = arguments.get("input_ids")
-        given = arguments.get("inputs_embeds") if given is None else given
-        if given is None or not any(True for _ in self.tap.live()):
-            return None
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        arguments["position_ids"] = positions[:, -given.shape[1] :]
-        return (), arguments
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None
 
 
-def _eager_function(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention of the module's own file, with its soft caps and sinks."""
+def dispatching_to(name: str, config: Any) -> tuple[str, Any]:
+    """The name of the attention function that ``config`` says, and a private copy of it that says ``name``.
+
+    Raises:
+        StateError: if the model's attention implementation cannot be replaced by ours.
+    """
+    implementation: str = config._attn_implementation or "eager"
+    if implementation not in ("eager", "sdpa"):
+        raise StateError(
+            f"Additional keys and values are not possible with the attention implementation {implementation!r}. "
+            "Load the model with attn_implementation='sdpa' or 'eager'."
+        )
+    private = copy.copy(config)
+    # not through the property: its setter would write to the sub-configurations, which are shared
+    private.__dict__["_attn_implementation_internal"] = name
+    return implementation, private
+
+
+def own_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The attention function of that name; the eager one is that of the module's own file, with caps and sinks."""
+    if implementation != "eager":
+        registered: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[implementation]
+        return registered
     function: Callable[..., Any] = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     return function
 
@@ -165,10 +171,18 @@ def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def _widened(mask: Tensor, count: int, visible: bool | float) -> Tensor:
-    """``mask`` (..., T) with ``count`` visible columns in front."""
-    front = mask.new_full((*mask.shape[:-1], count), visible)
-    return torch.cat([front, mask], dim=-1)
+def _widened(mask: Tensor, added: _Added) -> Tensor:
+    """``mask`` (B or 1, H or 1, Q or 1, T), boolean or additive, with the additional columns in front."""
+    boolean = mask.dtype == torch.bool
+    count = added.keys.shape[2]
+    if added.visible is None:
+        front = mask.new_full((*mask.shape[:-1], count), True if boolean else 0.0)
+        return torch.cat([front, mask], dim=-1)
+    front = added.visible
+    if not boolean:
+        front = mask.new_zeros(front.shape).masked_fill(~front, torch.finfo(mask.dtype).min)
+    front = front.expand(-1, mask.shape[1], mask.shape[2], -1)
+    return torch.cat([front, mask.expand(front.shape[0], -1, -1, -1)], dim=-1)
 
 
 def with_additional_keys(
@@ -191,29 +205,35 @@ def with_additional_keys(
     tap: KeyValueTap = vars(module)[_TAP]
     tap.reached = True
     eager = tap.implementation == "eager"
-    function = _eager_function(module) if eager else ALL_ATTENTION_FUNCTIONS[tap.implementation]
+    function = own_function(module, tap.implementation)
     added = tap.keys_and_values(key)
     if added is None:
         return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    count, batch = added[0].shape[1], key.shape[0]
     if attention_mask is None:
         causal = kwargs.pop("is_causal", None)
         causal = vars(module).get("is_causal", True) if causal is None else causal
         if causal and not eager and query.shape[2] > 1:
-            attention_mask = _widened(_causal(query.shape[2], key.shape[2], key.device), count, True)
-        elif not eager:
-            kwargs["is_causal"] = False
+            attention_mask = _widened(_causal(query.shape[2], key.shape[2], key.device), added)
+        else:
+            if not eager:
+                kwargs["is_causal"] = False
+            if added.visible is not None:
+                shape = (1, 1, 1, key.shape[2])
+                all_visible = (
+                    query.new_zeros(shape) if eager else torch.ones(shape, dtype=torch.bool, device=key.device)
+                )
+                attention_mask = _widened(all_visible, added)
     elif not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
         raise StateError(
             f"An attention mask of type {type(attention_mask).__name__} cannot be widened for additional keys. "
             "Load the model with attn_implementation='sdpa' or 'eager'."
         )
     else:
-        attention_mask = _widened(attention_mask, count, attention_mask.dtype == torch.bool)
+        attention_mask = _widened(attention_mask, added)
     if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = _widened(kwargs["position_bias"], count, 0.0)
-    key = torch.cat([added[0].expand(batch, -1, -1, -1), key], dim=2)
-    value = torch.cat([added[1].expand(batch, -1, -1, -1), value], dim=2)
+        kwargs["position_bias"] = _widened(kwargs["position_bias"], replace(added, visible=None))
+    key = torch.cat([added.keys, key], dim=2)
+    value = torch.cat([added.values, value], dim=2)
     return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -238,7 +258,5 @@ def key_value_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tup
         stack = anatomy.stack_of(part)
         parameter = next(modules[part.module].parameters())
         entry = stack.tokens.entry if stack.tokens is not None and stack.tokens.positions is None else None
-        if any(site.positions_entry == entry for site in sites):
-            entry = None  # one of the stack's sites is enough
         sites.append(KeyValueSite(part, part.attention, stack.hidden_size, parameter.dtype, parameter.device, entry))
     return tuple(sites)

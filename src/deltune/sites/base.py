@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from deltune.backbone import Part
@@ -44,6 +45,9 @@ class Form(nn.Module):
     float32 because of its delta.
     """
 
+    #: Names of buffers that are not trained but belong into the file, such as the prompts of other tasks.
+    saved_buffers: tuple[str, ...] = ()
+
     def stored(self) -> Form | None:
         """The form to write to a file: by default itself; a reparameterised form returns its flat equal.
 
@@ -57,6 +61,9 @@ class Form(nn.Module):
         Forms that grow in training do, so that a run can go on from a checkpoint.
         """
 
+    def restored(self) -> None:
+        """Called after the form's values were read from a file; nothing by default."""
+
     def penalty(self) -> Tensor | None:
         """Additional loss of this form, a scalar; None if it has none."""
         return None
@@ -64,12 +71,44 @@ class Form(nn.Module):
 
 @dataclass
 class Control:
-    """Which attachments of one model are live, each with the weight of its change.
+    """Which attachments of one model are live, each with the weight of its change, for which rows and layers.
 
     Shared by every tap of the model, so that switching costs the same however many sites there are.
+
+    Attributes:
+        live: weight by name, in the order of activation.
+        route: which attachment each row of a batch takes, None for none; empty where every row takes all of them. A
+            batch that is a multiple as long repeats each entry, as beam search repeats each row.
+        dropped: number of the lowest layers of each stack in which nothing acts (Rücklé et al. 2021).
+        dropped_in_training: as ``dropped``, for forms that are in training mode.
+        bound: number of optimizers that are followed.
+        drop_seed: where that number is drawn anew for each step of training, what the draws start from; else None.
     """
 
     live: dict[str, float] = field(default_factory=dict)
+    route: tuple[str | None, ...] = ()
+    dropped: int = 0
+    dropped_in_training: int = 0
+    drop_seed: int | None = None
+    bound: int = 0
+
+    def acts(self, layer: int | None, training: bool) -> bool:
+        """Whether forms in that layer, None for outside of the layers, act at present."""
+        return layer is None or layer >= (max(self.dropped, self.dropped_in_training) if training else self.dropped)
+
+    def routes(self, batch: int) -> tuple[str | None, ...]:
+        """The attachment of each of ``batch`` rows, where rows are routed.
+
+        Raises:
+            StateError: if the rows cannot be matched with the route.
+        """
+        count = len(self.route)
+        if batch % count:
+            raise StateError(
+                f"The rows of a batch are routed to {count} attachments, but something in the model has {batch} rows. "
+                f"Give batches of {count} rows, or of a multiple of it, or another route."
+            )
+        return tuple(name for name in self.route for _ in range(batch // count))
 
 
 class Tap(ABC):
@@ -85,10 +124,30 @@ class Tap(ABC):
         self._handles: list[RemovableHandle] = []
 
     def live(self) -> Iterator[tuple[Form, float]]:
-        """The live forms here and their weights, in the order in which they were activated."""
+        """The live forms here and their weights, in the order in which they were activated, whatever their rows."""
+        for _, form, weight in self._acting():
+            yield form, weight
+
+    def changes(self, x: Tensor) -> Iterator[tuple[Form, float, Tensor | None]]:
+        """As :meth:`live`, with the indices of the rows of ``x`` (batch, ...) that each form changes; None for all.
+
+        Raises:
+            StateError: if the rows cannot be matched with the route.
+        """
+        for name, form, weight in self._acting():
+            if not self.control.route:
+                yield form, weight, None
+                continue
+            rows = [row for row, other in enumerate(self.control.routes(x.shape[0])) if other == name]
+            if rows:
+                yield form, weight, torch.tensor(rows, device=x.device)
+
+    def _acting(self) -> Iterator[tuple[str, Form, float]]:
+        layer = self.site.part.layer
         for name, weight in self.control.live.items():
             for form in self.forms.get(name, ()):
-                yield form, weight
+                if self.control.acts(layer, form.training):
+                    yield name, form, weight
 
     @property
     def installed(self) -> bool:
@@ -137,6 +196,18 @@ class Site(ABC):
         raise StateError(
             f"The change at {self.key} ({self.insertion.value}) is not a change of weights and cannot be merged."
         )
+
+
+def rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    """These rows of ``x``; ``x`` itself for None."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def with_change(h: Tensor, change: Tensor, weight: float = 1.0, rows: Tensor | None = None) -> Tensor:
+    """``h`` plus ``weight`` times ``change``, which is of these rows of it; of all for None."""
+    if weight != 1.0:
+        change = weight * change
+    return h + change if rows is None else h.index_add(0, rows, change.to(h.dtype))
 
 
 def named_arguments(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

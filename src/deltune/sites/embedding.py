@@ -25,9 +25,20 @@ from torch import Tensor, nn
 
 from deltune.backbone import Anatomy, Part, Stack, Targets, TokenEntry
 from deltune.errors import StateError, TargetError
-from deltune.sites.base import Control, Form, Insertion, Site, Tap, first_tensor, named_arguments, with_first_tensor
+from deltune.sites.base import (
+    Control,
+    Form,
+    Insertion,
+    Site,
+    Tap,
+    first_tensor,
+    named_arguments,
+    rows_of,
+    with_first_tensor,
+)
+from deltune.sites.front import Front, Order, widened_mask
 
-__all__ = ["TokenForm", "TokenSite", "token_sites"]
+__all__ = ["ReadingTokenForm", "TokenForm", "TokenSite", "token_sites"]
 
 
 class TokenForm(Form):
@@ -41,6 +52,26 @@ class TokenForm(Form):
         """The rows, (P, d)."""
 
 
+class ReadingTokenForm(Form):
+    """As :class:`TokenForm`, but ``forward`` sees the text, and each row of the batch may have rows of its own.
+
+    They are made in the call in which they enter; with a cache that is the first, whose text is the prompt alone.
+    """
+
+    #: P, the number of rows.
+    length: int
+
+    @abstractmethod
+    def forward(self, embedded: Tensor, mask: Tensor | None) -> Tensor:
+        """The rows, (B, P, d), or (P, d) where all rows of the batch have the same.
+
+        Args:
+            embedded: the embedded input, (B, T, d), without the rows of any form.
+            mask: the padding mask as the model was given it, (B, T), 1 or True at real tokens; None where there is
+                none, or where the model embeds the text out of its sight (:attr:`TokenSite.sees_padding`).
+        """
+
+
 @dataclass(frozen=True)
 class TokenSite(Site):
     """The input of a stack. ``embeddings`` names the table of token embeddings, if the stack has one."""
@@ -52,6 +83,11 @@ class TokenSite(Site):
     device: torch.device
 
     insertion: ClassVar[Insertion] = Insertion.TOKENS
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether the padding mask is known where the rows are made; images and the like have no padding."""
+        return self.tokens.embeddings is None or self.embeddings is None
 
     def tap(self, control: Control) -> TokenTap:
         """A tap that widens the input and drops the additional outputs."""
@@ -81,14 +117,37 @@ class TokenTap(Tap):
             names = tuple(inspect.signature(reader.forward).parameters)
             self._handles.append(reader.register_forward_pre_hook(_Reader(self, names), with_kwargs=True))
 
-    def length(self) -> int:
-        """P, over all live forms."""
-        return sum(form.length for form, _ in self.live() if isinstance(form, TokenForm))
+    def front(self, x: Tensor) -> Front:
+        """What is put in front of each row of a batch like ``x``."""
+        lengths: dict[str | None, int] = {}
+        for name, form, _ in self._acting():
+            assert isinstance(form, TokenForm | ReadingTokenForm)
+            lengths[name] = lengths.get(name, 0) + form.length
+        if not lengths or not self.control.route:
+            return Front(sum(lengths.values()))
+        each = [lengths.get(name, 0) for name in self.control.routes(x.shape[0])]
+        count = max(each)
+        return Front(count, None if min(each) == count else torch.tensor(each, device=x.device))
 
-    def rows(self, like: Tensor) -> Tensor:
-        """The rows of all live forms for a batch shaped and typed ``like`` (B, T, d): (B, P, d)."""
-        rows = torch.cat([form() for form, _ in self.live()])
-        return rows.to(like).expand(like.shape[0], -1, -1)
+    def rows(self, embedded: Tensor, mask: Tensor | None, count: int) -> Tensor:
+        """The rows for the embedded input (B, T, d) and its padding mask (B, T): (B, P, d), ``count`` being P.
+
+        Where a row of the batch has fewer, they are its last ones.
+        """
+        joined = embedded.new_zeros(embedded.shape[0], count, embedded.shape[2])
+        places: dict[tuple[int, ...] | None, list[Tensor]] = {}
+        for form, _, batch in self.changes(embedded):
+            own = rows_of(embedded, batch)
+            reads = isinstance(form, ReadingTokenForm)
+            made = form(own, None if mask is None else rows_of(mask, batch)) if reads else form()
+            key = None if batch is None else tuple(batch.tolist())
+            places.setdefault(key, []).append(made.to(embedded).expand(own.shape[0], -1, -1))
+        for batch_rows, made in places.items():
+            rows = torch.cat(made, dim=1)
+            if batch_rows is None:
+                return rows
+            joined[list(batch_rows), count - rows.shape[1] :] = rows
+        return joined
 
 
 def _cached(arguments: Mapping[str, Any]) -> int:
@@ -107,28 +166,55 @@ class _Entry:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        count = self.tap.length()
-        if not count:
-            return None
         arguments = named_arguments(self.names, args, kwargs)
+        given = [arguments[name] for name in self.names if isinstance(arguments.get(name), Tensor)]
+        front = self.tap.front(given[0]) if given else Front(0)
+        if not front.count:
+            return None
         if getattr(arguments.get("past_key_values"), "is_compileable", False):
             raise StateError(
                 "Prompt rows do not go into a static cache: its size and its masks are fixed before the rows are "
                 "known. Generate with the default cache, which grows."
             )
-        first = _cached(arguments) == 0
-        mask = arguments.get("attention_mask")
+        cached = _cached(arguments)
         outside = self.tap.site.tokens.embeddings is not None
+        if front.lengths is not None:
+            self._prepare_lengths(arguments, front, cached, given[0])
+        mask = arguments.get("attention_mask")
         if mask is not None:
-            arguments["attention_mask"] = _widened_mask(mask, count, in_front=outside)
+            arguments["attention_mask"] = widened_mask(mask, front, in_front=outside)
         if not outside:
-            if first:
-                self._widen_input(module, arguments, _Order.of(mask, count), count)
+            if cached == 0:
+                self._widen_input(module, arguments, mask, front)
             elif arguments.get("position_ids") is not None:
-                arguments["position_ids"] = arguments["position_ids"] + count
+                shift = front.count if front.lengths is None else front.lengths[:, None]
+                arguments["position_ids"] = arguments["position_ids"] + shift
+            elif front.lengths is not None and "position_ids" in self.names:
+                new = torch.arange(cached, cached + given[0].shape[1], device=given[0].device)
+                arguments["position_ids"] = new - front.missing
         return (), arguments
 
-    def _widen_input(self, module: nn.Module, arguments: dict[str, Any], order: _Order, count: int) -> None:
+    def _prepare_lengths(self, arguments: dict[str, Any], front: Front, cached: int, x: Tensor) -> None:
+        """See to a padding mask, where rows of the batch have prompts of different lengths.
+
+        Raises:
+            StateError: if the model cannot tell them apart.
+        """
+        tokens = self.tap.site.tokens
+        counted = tokens.positions is None or "position_ids" in self.names
+        if tokens.embeddings is not None or "attention_mask" not in self.names or not counted:
+            raise StateError(
+                f"The {self.tap.site.part.stack} cannot take prompts of different lengths in one batch, nor rows "
+                "without one, because it has no mask or no positions to tell. Route rows to prompts of one length."
+            )
+        if arguments.get("attention_mask") is None:
+            length = x.shape[1] + (cached - front.count if cached else 0)
+            arguments["attention_mask"] = torch.ones(x.shape[0], length, dtype=torch.long, device=x.device)
+
+    def _widen_input(self, module: nn.Module, arguments: dict[str, Any], given: Tensor | None, front: Front) -> None:
+        """Widen all but the mask, which was ``given`` without the rows."""
+        count = front.count
+        order = Order.of(given, count)
         embedded = arguments.get("inputs_embeds")
         ids = arguments.get("input_ids")
         if embedded is None:
@@ -143,46 +229,33 @@ class _Entry:
                 f"{tokens.positions}. Shorten the text to {tokens.positions - count} tokens or the prompt."
             )
         arguments["input_ids"] = None
-        arguments["inputs_embeds"] = order.apply(torch.cat([self.tap.rows(embedded), embedded], dim=1))
+        arguments["inputs_embeds"] = order.apply(torch.cat([self.tap.rows(embedded, given, count), embedded], dim=1))
         positions = arguments.get("position_ids")
         mask = arguments.get("attention_mask")
         if positions is not None:
             start = tokens.padding_offset or 0
-            front = torch.arange(start, start + count, device=positions.device).expand(embedded.shape[0], -1)
-            behind = positions.expand(embedded.shape[0], -1) + count
-            arguments["position_ids"] = order.apply(torch.cat([front, behind], dim=1))
+            before = torch.arange(start, start + count, device=positions.device).expand(embedded.shape[0], -1)
+            if front.lengths is not None:
+                before = (before - front.missing).clamp(min=start)
+            behind = positions.expand(embedded.shape[0], -1) + (
+                count if front.lengths is None else front.lengths[:, None]
+            )
+            arguments["position_ids"] = order.apply(torch.cat([before, behind], dim=1))
         elif tokens.padding_offset is not None and mask is not None:
             # such models count positions over real tokens when they see ids, but not when they see embeddings
             real = mask.long()
             arguments["position_ids"] = real.cumsum(1) * real + (tokens.padding_offset - 1)
+        elif front.lengths is not None and "position_ids" in self.names:
+            # those that each row would have alone, where no padding stands in front of its prompt but its own
+            assert given is not None
+            padding = (given.cumsum(1) == 0).sum(1, keepdim=True)
+            place = torch.arange(length + count, device=embedded.device).expand(embedded.shape[0], -1)
+            shifted = torch.maximum(place - front.missing, padding)
+            arguments["position_ids"] = torch.where(place < padding, place, shifted)
         segments = arguments.get("token_type_ids")
         if segments is not None:
-            front = segments.new_zeros(segments.shape[0], count)
-            arguments["token_type_ids"] = order.apply(torch.cat([front, segments], dim=1))
-
-
-@dataclass
-class _Order:
-    """Where each row of the widened input comes from, (B, P + T); None for rows first, then the text."""
-
-    sources: Tensor | None
-
-    @classmethod
-    def of(cls, mask: Tensor | None, count: int) -> _Order:
-        """The order that puts ``count`` rows between the padding on the left, if any, and the text."""
-        if mask is None:
-            return cls(None)
-        padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
-        place = torch.arange(mask.shape[1] + count, device=mask.device).expand(mask.shape[0], -1)
-        prompt = place - padding
-        return cls(torch.where(place < padding, place + count, torch.where(prompt < count, prompt, place)))
-
-    def apply(self, values: Tensor) -> Tensor:
-        """``values`` (B, P + T, ...) with rows first, in this order."""
-        if self.sources is None:
-            return values
-        index = self.sources.view(*self.sources.shape, *(1,) * (values.dim() - 2)).expand_as(values)
-        return values.gather(1, index)
+            zeros = segments.new_zeros(segments.shape[0], count)
+            arguments["token_type_ids"] = order.apply(torch.cat([zeros, segments], dim=1))
 
 
 @dataclass
@@ -192,10 +265,11 @@ class _Widen:
     tap: TokenTap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self.tap.length():
-            return None
         embedded = first_tensor(output)
-        return with_first_tensor(output, torch.cat([self.tap.rows(embedded), embedded], dim=1))
+        front = self.tap.front(embedded)
+        if not front.count:
+            return None
+        return with_first_tensor(output, torch.cat([self.tap.rows(embedded, None, front.count), embedded], dim=1))
 
 
 @dataclass
@@ -205,10 +279,10 @@ class _Exit:
     tap: TokenTap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        count = self.tap.length()
+        hidden = first_tensor(output)
+        count = self.tap.front(hidden).count
         if not count:
             return None
-        hidden = first_tensor(output)
         if not _entered(hidden.shape[1], kwargs):
             return None
         output = with_first_tensor(output, hidden[:, count:])
@@ -222,10 +296,11 @@ class _DropRecorded:
     tap: TokenTap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        count = self.tap.length()
+        hidden = first_tensor(output)
+        count = self.tap.front(hidden).count
         if not count:
             return None
-        length = first_tensor(output).shape[1]
+        length = hidden.shape[1]
         return _without_recorded(output, count, length + count)
 
 
@@ -239,13 +314,18 @@ class _Reader:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        count = self.tap.length()
         arguments = named_arguments(self.names, args, kwargs)
         mask = arguments.get("encoder_attention_mask")
         states = arguments.get("encoder_hidden_states")
-        if not count or mask is None or states is None or mask.shape[-1] + count != states.shape[1]:
+        front = Front(0) if states is None else self.tap.front(states)
+        if not front.count or states is None:
             return None
-        arguments["encoder_attention_mask"] = _widened_mask(mask, count)
+        if mask is None and front.lengths is not None:
+            length = states.shape[1] - front.count
+            mask = torch.ones(states.shape[0], length, dtype=torch.long, device=states.device)
+        if mask is None or mask.shape[-1] + front.count != states.shape[1]:
+            return None
+        arguments["encoder_attention_mask"] = widened_mask(mask, front)
         return (), arguments
 
 
@@ -261,17 +341,6 @@ def _without_recorded(output: Any, count: int, length: int) -> Any:
     if recorded is not None:
         output["hidden_states"] = tuple(state[:, count:] if state.shape[1] == length else state for state in recorded)
     return output
-
-
-def _widened_mask(mask: Any, count: int, in_front: bool = False) -> Tensor:
-    """A padding mask (B, T) with ``count`` real positions more, before the text or in front of everything."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise StateError(
-            "Prompt rows need a padding mask of shape (batch, positions), or none; the model was given "
-            + (f"one of shape {tuple(mask.shape)}." if isinstance(mask, Tensor) else f"a {type(mask).__name__}.")
-        )
-    order = _Order.of(None if in_front else mask, count)
-    return order.apply(torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1))
 
 
 def token_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[TokenSite, ...]:

@@ -7,12 +7,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deltune.backbone import Anatomy, Targets
-from deltune.sites.base import Control, Form, Insertion, Site, Tap, first_tensor, with_first_tensor
+from deltune.backbone import Anatomy, Part, Targets
+from deltune.backbone.matrices import matrix_shape
+from deltune.errors import TargetError
+from deltune.sites.base import (
+    Control,
+    Form,
+    Insertion,
+    Site,
+    Tap,
+    first_tensor,
+    rows_of,
+    with_change,
+    with_first_tensor,
+)
 
-__all__ = ["SublayerForm", "SublayerSite", "sublayer_sites"]
+__all__ = ["SublayerForm", "SublayerSite", "sublayer_sites", "type_and_device", "widths"]
 
 
 class SublayerForm(Form):
@@ -34,28 +46,30 @@ class SublayerSite(Site):
         """Dotted name of the module whose output is the sublayer's result."""
         return self.part.result or self.part.module
 
-    def tap(self, control: Control) -> SublayerTap:
+    def tap(self, control: Control) -> OutputTap:
         """A tap that adds the change to the result."""
-        return SublayerTap(self, control)
+        return OutputTap(self, control, self.result)
 
 
-class SublayerTap(Tap):
-    """A forward hook on the module whose output is the sublayer's result."""
+class OutputTap(Tap):
+    """A forward hook on the ``module`` of that name: its output is what forms read and what they change."""
 
     weighted = True
-    site: SublayerSite
+
+    def __init__(self, site: Site, control: Control, module: str) -> None:
+        super().__init__(site, control)
+        self.module = module
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         """Hook the module."""
-        self._handles.append(modules[self.site.result].register_forward_hook(self))
+        self._handles.append(modules[self.module].register_forward_hook(self))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Add the live changes; all of them read the same, unchanged result."""
+        """Add the live changes; all of them read the same, unchanged output."""
         result = first_tensor(output)
         changed = result
-        for form, weight in self.live():
-            change: Tensor = form(result)
-            changed = changed + (change if weight == 1.0 else weight * change)
+        for form, weight, rows in self.changes(result):
+            changed = with_change(changed, form(rows_of(result, rows)), weight, rows)
         return output if changed is result else with_first_tensor(output, changed)
 
 
@@ -63,19 +77,39 @@ def sublayer_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tupl
     """The sublayers that ``targets`` selects (roles ``attention`` and ``ffn``, or modules by name).
 
     Raises:
-        TargetError: if a target selects nothing.
+        TargetError: if a target selects nothing, or a module in which there is no matrix.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
     for part in targets.select(anatomy, tuple(modules), ("attention", "ffn")):
-        parameter = next(modules[part.module].parameters())
-        sites.append(SublayerSite(part, _width(anatomy, modules, part), parameter.dtype, parameter.device))
+        _, width = widths(anatomy, modules, part)
+        sites.append(SublayerSite(part, width, *type_and_device(modules[part.module])))
     return tuple(sites)
 
 
-def _width(anatomy: Anatomy, modules: Mapping[str, nn.Module], part: Any) -> int:
-    """Width of the result: the stack's, or for a module chosen by name, of its last matrix."""
+def widths(anatomy: Anatomy, modules: Mapping[str, nn.Module], part: Part) -> tuple[int, int]:
+    """Features of what a sublayer or layer reads and of its result.
+
+    Both are the stack's hidden size. For a module chosen by name they are the inputs of its first matrix and the
+    outputs of its last.
+
+    Raises:
+        TargetError: if there is no matrix in a module that was chosen by name.
+    """
     if part.role != "module":
-        return anatomy.stack_of(part).hidden_size
-    matrices = [module for module in modules[part.module].modules() if hasattr(module, "out_features")]
-    return int(matrices[-1].out_features)  # type: ignore[arg-type]
+        width = anatomy.stack_of(part).hidden_size
+        return width, width
+    inside = [child for child in modules[part.module].modules() if not isinstance(child, nn.Embedding)]
+    shapes = [shape for child in inside if len(shape := matrix_shape(child) or ()) == 2]
+    if not shapes:
+        raise TargetError(
+            f"The target {part.key!r} is a {type(modules[part.module]).__name__} without a matrix, so it is not known "
+            "how wide its result is. Name a whole sublayer or layer."
+        )
+    return shapes[0][1], shapes[-1][0]
+
+
+def type_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Type and device for a form at ``module``: those of its weights; float32 where these are quantised."""
+    parameter = next(module.parameters())
+    return parameter.dtype if parameter.dtype.is_floating_point else torch.float32, parameter.device

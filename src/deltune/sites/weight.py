@@ -18,7 +18,7 @@ from deltune.backbone import PROJECTION_ROLES, Anatomy, Rows, Targets
 from deltune.backbone.matrices import matrix_shape
 from deltune.errors import StateError, TargetError
 from deltune.quantization import dense_weight, is_quantized
-from deltune.sites.base import Control, Form, Insertion, Site, Tap
+from deltune.sites.base import Control, Form, Insertion, Site, Tap, rows_of, with_change
 
 __all__ = ["Kind", "WeightForm", "WeightSite", "weight_sites"]
 
@@ -173,35 +173,38 @@ class WeightTap(Tap):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the live changes to ``output``."""
-        site, rows = self.site, self.site.rows
-        live = list(self.live())
-        if rows is not None and is_quantized(module):
+        site, part = self.site, self.site.rows
+        live = list(self.changes(args[0]))
+        if part is not None and is_quantized(module):
             # bitsandbytes returns a view that must not be changed in place
             output = output.clone()
         frozen = self._frozen_output(live, output)
-        for form, weight in live:
+        for form, weight, rows in live:
             assert isinstance(form, WeightForm)
-            if rows is None and not form.reads_matrix:
-                output = form.add_to(output, args[0], weight)
+            x = rows_of(args[0], rows)
+            if part is None and rows is None and not form.reads_matrix:
+                output = form.add_to(output, x, weight)
                 continue
             if form.reads_matrix:
                 assert frozen is not None
-                change = form.change(frozen, args[0], site.matrix(module), site.bias(module))
+                change = form.change(rows_of(frozen, rows), x, site.matrix(module), site.bias(module))
             else:
-                change = form(args[0])
-            if weight != 1.0:
-                change = weight * change
-            if rows is None:
-                output = output + change
+                change = form(x)
+            if part is None:
+                output = with_change(output, change, weight, rows)
             else:
                 # in place: no linear map keeps its own output for the backward pass
-                view = rows.view(output, -1)
-                view += rows.split(change, -1)
+                view = part.view(output, -1)
+                change = part.split(change if weight == 1.0 else weight * change, -1)
+                if rows is None:
+                    view += change
+                else:
+                    view.index_add_(0, rows, change.to(view.dtype))
         return output
 
-    def _frozen_output(self, live: list[tuple[Form, float]], output: Tensor) -> Tensor | None:
+    def _frozen_output(self, live: list[tuple[Form, float, Tensor | None]], output: Tensor) -> Tensor | None:
         """What the frozen map gave in the site's rows, where a form reads it; safe from changes in place."""
-        if not any(isinstance(form, WeightForm) and form.reads_matrix for form, _ in live):
+        if not any(isinstance(form, WeightForm) and form.reads_matrix for form, _, _ in live):
             return None
         return output if self.site.rows is None else self.site.part_of(output, -1).clone()
 
@@ -212,9 +215,10 @@ class EmbeddingTap(WeightTap):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the live changes to ``output``, scaled where the embedding scales its output (Gemma)."""
         scale = getattr(module, "embed_scale", 1.0)
-        for form, weight in self.live():
+        for form, weight, rows in self.changes(args[0]):
             assert isinstance(form, WeightForm)
-            output = output + (weight * scale) * form.look_up(args[0]).to(output.dtype)
+            change = (weight * scale) * form.look_up(rows_of(args[0], rows)).to(output.dtype)
+            output = with_change(output, change, rows=rows)
         return output
 
 
@@ -225,9 +229,9 @@ class ConvolutionTap(WeightTap):
         """Add the live changes to ``output``."""
         assert isinstance(module, Convolution)
         x = _padded(args[0], module)
-        for form, weight in self.live():
+        for form, weight, rows in self.changes(x):
             assert isinstance(form, WeightForm)
-            output = output + weight * form.convolve(x, module)
+            output = with_change(output, weight * form.convolve(rows_of(x, rows), module), rows=rows)
         return output
 
 

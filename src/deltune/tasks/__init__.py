@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from deltune.tasks.base import Task
     from deltune.tasks.batching import LengthBucketSampler, padding_share
     from deltune.tasks.classification import TextClassification, TextRegression
+    from deltune.tasks.cloze import Cloze
     from deltune.tasks.collation import Collator
     from deltune.tasks.data import Cleaned, Split, drop_empty_rows, fingerprint, read_dataset, split_dataset
     from deltune.tasks.instruction import InstructionTuning
     from deltune.tasks.language_modeling import CausalLanguageModeling
     from deltune.tasks.registry import get_task, task_from_description, task_names
     from deltune.tasks.sequence_to_sequence import SequenceToSequence
+    from deltune.tasks.tagging import TokenTagging
+    from deltune.tasks.template import Template
 
 _MODULES = {
     "CausalLanguageModeling": "language_modeling",
     "Cleaned": "data",
+    "Cloze": "cloze",
     "Collator": "collation",
     "Encoded": "_encoding",
     "EncodingReport": "_encoding",
@@ -33,8 +37,10 @@ _MODULES = {
     "SequenceToSequence": "sequence_to_sequence",
     "Split": "data",
     "Task": "base",
+    "Template": "template",
     "TextClassification": "classification",
     "TextRegression": "classification",
+    "TokenTagging": "tagging",
     "drop_empty_rows": "data",
     "fingerprint": "data",
     "get_task": "registry",
@@ -48,6 +54,7 @@ _MODULES = {
 __all__ = [
     "CausalLanguageModeling",
     "Cleaned",
+    "Cloze",
     "Collator",
     "Encoded",
     "EncodingReport",
@@ -56,8 +63,10 @@ __all__ = [
     "SequenceToSequence",
     "Split",
     "Task",
+    "Template",
     "TextClassification",
     "TextRegression",
+    "TokenTagging",
     "drop_empty_rows",
     "fingerprint",
     "get_task",

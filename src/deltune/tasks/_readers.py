@@ -1,4 +1,4 @@
-"""Reading CSV, TSV, JSON and Parquet files; every message names the file and the place in it."""
+"""Reading CSV, TSV, JSON, Parquet and CoNLL files; every message names the file and the place in it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltune.errors import DataError
+from deltune.tasks._conll import conll_columns
 from deltune.tasks._optional import require
 
 if TYPE_CHECKING:
@@ -206,6 +207,15 @@ def read_parquet(path: Path) -> Dataset:
     return datasets.Dataset(table)
 
 
+def read_conll(path: Path) -> Dataset:
+    """A file of sentences, one word a line, as lists in the columns ``words`` and ``tags``.
+
+    Raises:
+        DataError: The lines do not have the same columns, or a word or a tag is empty.
+    """
+    return dataset_from_columns(conll_columns(read_text(path), path), path)
+
+
 def dataset_from_columns(columns: Mapping[str, list[Any]], path: Path) -> Dataset:
     """A dataset in memory.
 
@@ -227,6 +237,15 @@ def dataset_from_columns(columns: Mapping[str, list[Any]], path: Path) -> Datase
                         f"where earlier "
                         f"rows have {first.__name__}. Give all rows of a column the same type."
                     ) from error
+            items = ((row, item) for row, value in enumerate(values, start=1) if type(value) is list for item in value)
+            kinds = ((row, item) for row, item in items if item is not None)
+            _, known = next(kinds, (0, None))
+            for row, item in kinds:
+                if type(item) is not type(known):
+                    raise DataError(
+                        f"{path}, row {row}, column {name!r}: the list holds {_short(item)}, {type(item).__name__} "
+                        f"where earlier items are {type(known).__name__}. Give all items the same type."
+                    ) from error
         raise DataError(f"{path}: a column holds values of different types ({error}). Make them alike.") from error
 
 
@@ -241,5 +260,9 @@ READERS: dict[str, Callable[[Path], Dataset]] = {
     ".json": read_json,
     ".jsonl": read_json,
     ".parquet": read_parquet,
+    ".conll": read_conll,
+    ".bio": read_conll,
+    ".iob": read_conll,
+    ".iob2": read_conll,
 }
 """Reader by file ending."""

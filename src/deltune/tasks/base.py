@@ -110,6 +110,13 @@ class Task(ABC):
     def predict(self, outputs: Any, tokenizer: Any = None) -> list[dict[str, Any]]:
         """Predictions for people, one dictionary a row."""
 
+    def predict_rows(
+        self, outputs: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any = None
+    ) -> list[dict[str, Any]]:
+        """Like ``predict``, for tasks whose predictions also depend on the rows, encoded with ``labelled=False``."""
+        del rows
+        return self.predict(outputs, tokenizer)
+
     # -- models and tokenizers ------------------------------------------------------------------------
 
     def model_options(self) -> dict[str, Any]:

@@ -23,9 +23,9 @@ def read_dataset(source: str | Path, split: str | None = None, limit: int | None
     """Reads a dataset.
 
     Args:
-        source: A file that ends in .csv, .tsv, .json, .jsonl or .parquet; a folder written by
-            ``Dataset.save_to_disk``; or a name for ``datasets.load_dataset``, such as ``"glue:sst2"`` with a
-            configuration behind the colon.
+        source: A file that ends in .csv, .tsv, .json, .jsonl, .parquet or .conll (also .bio, .iob, .iob2: a word
+            a line, its tag in the last column); a folder written by ``Dataset.save_to_disk``; or a name for
+            ``datasets.load_dataset``, such as ``"glue:sst2"`` with a configuration behind the colon.
         split: Which split of a folder or a named dataset; not needed where there is only one. Files have
             none.
         limit: How many rows to keep from the beginning; all by default.

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _TASKS = {
     "text-classification": "deltune.tasks.classification:TextClassification",
     "text-regression": "deltune.tasks.classification:TextRegression",
+    "token-tagging": "deltune.tasks.tagging:TokenTagging",
+    "cloze": "deltune.tasks.cloze:Cloze",
     "causal-language-modeling": "deltune.tasks.language_modeling:CausalLanguageModeling",
     "instruction-tuning": "deltune.tasks.instruction:InstructionTuning",
     "sequence-to-sequence": "deltune.tasks.sequence_to_sequence:SequenceToSequence",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deltune.errors import DataError
 from deltune.tasks.base import Task
+from deltune.training.pseudo_tokens import check_pseudo_tokens
 from deltune.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def evaluate(
     """
     import numpy as np
 
+    task = task.resolve(tokenizer)
+    check_pseudo_tokens(tuned, task)
     rows = encoded(task, data, tokenizer)
     collate = task.collator(tokenizer)
     model = tuned.model

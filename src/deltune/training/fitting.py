@@ -21,6 +21,7 @@ from deltune.training.batches import planned_batches
 from deltune.training.devices import usable_device
 from deltune.training.evaluation import encoded
 from deltune.training.fit_trainer import FitTrainer, history_of
+from deltune.training.pseudo_tokens import check_pseudo_tokens
 from deltune.training.randomness import kept_apart
 from deltune.training.result import FitResult
 from deltune.training.run_folder import RunFolder
@@ -83,6 +84,7 @@ def fit(
     attachment = _live_attachment(tuned)
     tokenizer = tokenizer or _tokenizer_of(tuned, task)
     task = task.resolve(tokenizer)
+    check_pseudo_tokens(tuned, task)
     rows, evaluation_rows = encoded(task, train, tokenizer), None
     if evaluation is not None:
         evaluation_rows = encoded(task, evaluation, tokenizer)
@@ -208,13 +210,18 @@ def _surroundings(tuned: Tuned, settings: TrainingSettings) -> Iterator[None]:
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     training = model.training
+    drop_seed = tuned.control.drop_seed
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if settings.drop_layers:
+        tuned.drop_layers_at_random(settings.seed)
     try:
         with kept_apart():
             yield
     finally:
         torch.set_num_threads(threads)
+        if settings.drop_layers:
+            tuned.drop_layers_at_random(drop_seed)
         model.train(training)
         model.zero_grad(set_to_none=True)
         if config is not None and use_cache is not None:

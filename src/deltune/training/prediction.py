@@ -9,6 +9,7 @@ import torch
 from deltune.errors import TrainingError
 from deltune.tasks.base import Task
 from deltune.training.evaluation import arithmetic, batches_by_length, device_of, encoded, measuring
+from deltune.training.pseudo_tokens import check_pseudo_tokens
 from deltune.tuned import Tuned
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ def predict(
     """
     if generation and not task.generates:
         raise TrainingError(f"The task {task.name!r} does not generate text: leave out {', '.join(generation)}.")
+    task = task.resolve(tokenizer)
+    check_pseudo_tokens(tuned, task)
     rows = encoded(task, data, tokenizer, labelled=False)
     drop = [name for name in rows.column_names if name == "labels"]
     rows = rows.remove_columns(drop) if drop else rows
@@ -58,15 +61,15 @@ def predict(
     found: dict[int, dict[str, Any]] = {}
     for places in batches_by_length(list(rows["length"]), batch_size):
         columns = rows[places]
-        batch = collate([{name: values[row] for name, values in columns.items()} for row in range(len(places))])
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch_rows = [{name: values[row] for name, values in columns.items()} for row in range(len(places))]
+        batch = {name: value.to(device) for name, value in collate(batch_rows).items()}
         if task.generates:
             options = {**task.generation_options(tokenizer), "max_new_tokens": max_new_tokens, **generation}
             outputs = _generate(model, batch, precision, options)
         else:
             with measuring(model), arithmetic(device, precision):
                 outputs = model(**batch).logits
-        found.update(zip(places, task.predict(outputs, tokenizer), strict=True))
+        found.update(zip(places, task.predict_rows(outputs, batch_rows, tokenizer), strict=True))
     return [found[row] for row in range(len(rows))]
 
 

@@ -76,6 +76,9 @@ class TrainingSettings:
     )
     gradient_checkpointing: bool = _setting(False, "recompute activations in the backward pass to save memory")
     length_buckets: bool = _setting(True, "make batches of rows of similar length, which saves padding")
+    drop_layers: bool = _setting(
+        False, "leave a random number of the lowest layers unchanged in each step, so that they can be dropped later"
+    )
     evaluate_every: int | None = _setting(None, "steps between evaluations; an epoch if none", minimum=1)
     save_every: int | None = _setting(None, "steps between training checkpoints; an epoch if none", minimum=1)
     patience: int | None = _setting(

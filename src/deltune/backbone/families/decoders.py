@@ -19,10 +19,19 @@ _LLAMA = StackRow(
         value="self_attn.v_proj",
         output="self_attn.o_proj",
         result="self_attn.o_proj",
+        norm_before="input_layernorm",
     ),
-    ffn=FeedForwardRow(up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj", result="mlp", block="mlp"),
+    ffn=FeedForwardRow(
+        up="mlp.up_proj",
+        gate="mlp.gate_proj",
+        down="mlp.down_proj",
+        result="mlp",
+        block="mlp",
+        norm_before="post_attention_layernorm",
+    ),
     norms=("input_layernorm", "post_attention_layernorm"),
     outer_norms=("norm",),
+    final_norm="norm",
     tokens=TokenRow(),
 )
 
@@ -38,7 +47,7 @@ _QWEN3 = replace(
 _GEMMA2 = replace(
     _LLAMA,
     attention=replace(_LLAMA.attention, result="post_attention_layernorm"),
-    ffn=replace(_LLAMA.ffn, result="post_feedforward_layernorm"),
+    ffn=replace(_LLAMA.ffn, result="post_feedforward_layernorm", norm_before="pre_feedforward_layernorm"),
     norms=(
         "input_layernorm",
         "post_attention_layernorm",
@@ -56,6 +65,7 @@ _PHI3 = replace(
         value=Fused("self_attn.qkv_proj", "blocks", 2),
         output="self_attn.o_proj",
         result="resid_attn_dropout",
+        norm_before="input_layernorm",
     ),
     ffn=FeedForwardRow(
         gate=Fused("mlp.gate_up_proj", "halves", 0),
@@ -63,6 +73,7 @@ _PHI3 = replace(
         down="mlp.down_proj",
         result="resid_mlp_dropout",
         block="mlp",
+        norm_before="post_attention_layernorm",
     ),
 )
 
@@ -77,10 +88,12 @@ _GPT2 = StackRow(
         value=Fused("attn.c_attn", "blocks", 2),
         output="attn.c_proj",
         result="attn.resid_dropout",
+        norm_before="ln_1",
     ),
-    ffn=FeedForwardRow(up="mlp.c_fc", down="mlp.c_proj", result="mlp.dropout", block="mlp"),
+    ffn=FeedForwardRow(up="mlp.c_fc", down="mlp.c_proj", result="mlp.dropout", block="mlp", norm_before="ln_2"),
     norms=("ln_1", "ln_2"),
     outer_norms=("ln_f",),
+    final_norm="ln_f",
     tokens=TokenRow(table="wpe"),
 )
 
@@ -96,10 +109,18 @@ _GPT_NEOX = StackRow(
         value=Fused("attention.query_key_value", "heads", 2),
         output="attention.dense",
         result="post_attention_dropout",
+        norm_before="input_layernorm",
     ),
-    ffn=FeedForwardRow(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", result="post_mlp_dropout", block="mlp"),
+    ffn=FeedForwardRow(
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        result="post_mlp_dropout",
+        block="mlp",
+        norm_before="post_attention_layernorm",
+    ),
     norms=("input_layernorm", "post_attention_layernorm"),
     outer_norms=("final_layer_norm",),
+    final_norm="final_layer_norm",
     tokens=TokenRow(),
 )
 

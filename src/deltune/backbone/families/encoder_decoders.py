@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 from deltune.backbone.families.rows import AttentionRow, Family, FeedForwardRow, StackRow, TokenRow
 
 __all__ = ["ENCODER_DECODERS"]
 
+Sublayer = TypeVar("Sublayer", AttentionRow, FeedForwardRow)
 
-def _t5_attention(block: str, result: str) -> AttentionRow:
+
+def _t5_attention(index: int, name: str) -> AttentionRow:
+    block = f"layer.{index}.{name}"
     return AttentionRow(
         block=block,
         query=f"{block}.q",
         key=f"{block}.k",
         value=f"{block}.v",
         output=f"{block}.o",
-        result=result,
+        result=f"layer.{index}.dropout",
+        norm_before=f"layer.{index}.layer_norm",
     )
 
 
@@ -28,11 +33,12 @@ def _t5_ffn(index: int, gated: bool) -> FeedForwardRow:
         down=f"{block}.wo",
         result=f"layer.{index}.dropout",
         block=block,
+        norm_before=f"layer.{index}.layer_norm",
     )
 
 
 def _t5(gated: bool) -> tuple[StackRow, StackRow]:
-    attention = _t5_attention("layer.0.SelfAttention", "layer.0.dropout")
+    attention = _t5_attention(0, "SelfAttention")
     encoder = StackRow(
         name="encoder",
         layers="encoder.block",
@@ -41,6 +47,7 @@ def _t5(gated: bool) -> tuple[StackRow, StackRow]:
         ffn=_t5_ffn(1, gated),
         norms=("layer.0.layer_norm", "layer.1.layer_norm"),
         outer_norms=("encoder.final_layer_norm",),
+        final_norm="encoder.final_layer_norm",
         tokens=TokenRow(entry="encoder", exit="encoder", reader="decoder"),
         heads="num_heads",
     )
@@ -52,7 +59,8 @@ def _t5(gated: bool) -> tuple[StackRow, StackRow]:
         ffn=_t5_ffn(2, gated),
         norms=("layer.0.layer_norm", "layer.1.layer_norm", "layer.2.layer_norm"),
         outer_norms=("decoder.final_layer_norm",),
-        cross=_t5_attention("layer.1.EncDecAttention", "layer.1.dropout"),
+        final_norm="decoder.final_layer_norm",
+        cross=_t5_attention(1, "EncDecAttention"),
         tokens=TokenRow(entry="decoder", exit="decoder"),
     )
     return encoder, decoder
@@ -66,6 +74,7 @@ def _bart_attention(block: str) -> AttentionRow:
         value=f"{block}.v_proj",
         output=f"{block}.out_proj",
         result=f"{block}.out_proj",
+        norm_after=f"{block}_layer_norm",
     )
 
 
@@ -76,7 +85,7 @@ _BART_ENCODER = StackRow(
     layers="encoder.layers",
     embeddings="encoder.embed_tokens",
     attention=_bart_attention("self_attn"),
-    ffn=FeedForwardRow(up="fc1", down="fc2", result="fc2"),
+    ffn=FeedForwardRow(up="fc1", down="fc2", result="fc2", norm_after="final_layer_norm"),
     norms=("self_attn_layer_norm", "final_layer_norm"),
     outer_norms=("encoder.layernorm_embedding",),
     tokens=TokenRow(entry="encoder", exit="encoder", reader="decoder", table="encoder.embed_positions", reserved=2),
@@ -94,12 +103,33 @@ _BART_DECODER = replace(
     heads="decoder_attention_heads",
 )
 
+
+def _normalised_before(row: Sublayer) -> Sublayer:
+    """The same sublayer in a model whose norms, of the same names, come before the sublayers."""
+    return replace(row, norm_before=row.norm_after, norm_after=None)
+
+
 # The encoder reads sound: convolutions make its inputs and positions are added between modules, so no
 # module's output could be widened by additional positions.
-_WHISPER_ENCODER = replace(_BART_ENCODER, embeddings="encoder.conv1", outer_norms=("encoder.layer_norm",), tokens=None)
+_WHISPER_ATTENTION = _normalised_before(_bart_attention("self_attn"))
+_WHISPER_FFN = _normalised_before(_BART_ENCODER.ffn)
+_WHISPER_ENCODER = replace(
+    _BART_ENCODER,
+    embeddings="encoder.conv1",
+    attention=_WHISPER_ATTENTION,
+    ffn=_WHISPER_FFN,
+    outer_norms=("encoder.layer_norm",),
+    tokens=None,
+    final_norm="encoder.layer_norm",
+    exit="encoder",
+)
 _WHISPER_DECODER = replace(
     _BART_DECODER,
+    attention=_WHISPER_ATTENTION,
+    ffn=_WHISPER_FFN,
+    cross=_normalised_before(_bart_attention("encoder_attn")),
     outer_norms=("decoder.layer_norm",),
+    final_norm="decoder.layer_norm",
     tokens=TokenRow(entry="decoder", exit="decoder", table="decoder.embed_positions"),
 )
 

@@ -17,6 +17,7 @@ def _bert_attention(block: str) -> AttentionRow:
         value=f"{block}.self.value",
         output=f"{block}.output.dense",
         result=f"{block}.output.dropout",
+        norm_after=f"{block}.output.LayerNorm",
     )
 
 
@@ -26,7 +27,9 @@ BERT = StackRow(
     layers="encoder.layer",
     embeddings="embeddings.word_embeddings",
     attention=_bert_attention("attention"),
-    ffn=FeedForwardRow(up="intermediate.dense", down="output.dense", result="output.dropout"),
+    ffn=FeedForwardRow(
+        up="intermediate.dense", down="output.dense", result="output.dropout", norm_after="output.LayerNorm"
+    ),
     norms=("attention.output.LayerNorm", "crossattention.output.LayerNorm", "output.LayerNorm"),
     outer_norms=("embeddings.LayerNorm",),
     cross=_bert_attention("crossattention"),
@@ -47,8 +50,11 @@ _DISTILBERT = StackRow(
         value="attention.v_lin",
         output="attention.out_lin",
         result="attention.out_lin",
+        norm_after="sa_layer_norm",
     ),
-    ffn=FeedForwardRow(up="ffn.lin1", down="ffn.lin2", result="ffn.dropout", block="ffn"),
+    ffn=FeedForwardRow(
+        up="ffn.lin1", down="ffn.lin2", result="ffn.dropout", block="ffn", norm_after="output_layer_norm"
+    ),
     norms=("sa_layer_norm", "output_layer_norm"),
     outer_norms=("embeddings.LayerNorm",),
     tokens=TokenRow(exit="transformer", table="embeddings.position_embeddings"),
@@ -67,8 +73,9 @@ _ALBERT = StackRow(
         value="attention.value",
         output="attention.dense",
         result="attention.output_dropout",
+        norm_after="attention.LayerNorm",
     ),
-    ffn=FeedForwardRow(up="ffn", down="ffn_output", result="ffn_output"),
+    ffn=FeedForwardRow(up="ffn", down="ffn_output", result="ffn_output", norm_after="full_layer_layer_norm"),
     norms=("attention.LayerNorm", "full_layer_layer_norm"),
     outer_norms=("embeddings.LayerNorm",),
     tokens=TokenRow(exit="encoder", table="embeddings.position_embeddings"),
@@ -88,6 +95,7 @@ _MODERNBERT = StackRow(
         value=Fused("attn.Wqkv", "blocks", 2),
         output="attn.Wo",
         result="attn.out_drop",
+        norm_before="attn_norm",
     ),
     ffn=FeedForwardRow(
         gate=Fused("mlp.Wi", "halves", 0),
@@ -95,9 +103,11 @@ _MODERNBERT = StackRow(
         down="mlp.Wo",
         result="mlp",
         block="mlp",
+        norm_before="mlp_norm",
     ),
     norms=("attn_norm", "mlp_norm"),
     outer_norms=("embeddings.norm", "final_norm"),
+    final_norm="final_norm",
     tokens=TokenRow(),
 )
 

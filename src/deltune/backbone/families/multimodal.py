@@ -21,10 +21,12 @@ _VIT = StackRow(
         value="attention.v_proj",
         output="attention.o_proj",
         result="attention.o_proj",
+        norm_before="layernorm_before",
     ),
-    ffn=FeedForwardRow(up="mlp.fc1", down="mlp.fc2", result="mlp", block="mlp"),
+    ffn=FeedForwardRow(up="mlp.fc1", down="mlp.fc2", result="mlp", block="mlp", norm_before="layernorm_after"),
     norms=("layernorm_before", "layernorm_after"),
     outer_norms=("layernorm",),
+    final_norm="layernorm",
     tokens=TokenRow(exit="layernorm", embeddings="embeddings"),
 )
 
@@ -35,8 +37,9 @@ _CLIP_ATTENTION = AttentionRow(
     value="self_attn.v_proj",
     output="self_attn.out_proj",
     result="self_attn.out_proj",
+    norm_before="layer_norm1",
 )
-_CLIP_FFN = FeedForwardRow(up="mlp.fc1", down="mlp.fc2", result="mlp", block="mlp")
+_CLIP_FFN = FeedForwardRow(up="mlp.fc1", down="mlp.fc2", result="mlp", block="mlp", norm_before="layer_norm2")
 _CLIP_NORMS = ("layer_norm1", "layer_norm2")
 
 
@@ -50,6 +53,7 @@ def _clip_text(model: str) -> StackRow:
         ffn=_CLIP_FFN,
         norms=_CLIP_NORMS,
         outer_norms=(f"{model}final_layer_norm",),
+        final_norm=f"{model}final_layer_norm",
         # The pooled output is read at the position of the end token in the ids, so additional positions
         # go before that; the model takes no embeddings.
         tokens=TokenRow(entry=model.rstrip("."), exit=f"{model}final_layer_norm", embeddings=f"{model}embeddings"),
@@ -82,6 +86,7 @@ def _blip_vision(model: str) -> StackRow:
             output="self_attn.projection",
             result="self_attn.projection",
             dispatches=False,
+            norm_before="layer_norm1",
         ),
         outer_norms=(f"{model}post_layernorm",),
     )

@@ -48,6 +48,9 @@ class AttentionRow:
         result: the module whose output is added to the residual stream: a dropout module where it serves
             this sublayer alone, else the last linear map.
         dispatches: whether the block calls transformers' attention interface.
+        norm_before: the norm that reads the residual stream in front of this sublayer, where the model normalises
+            before its sublayers.
+        norm_after: the norm that reads the sum of the result and the residual stream, where it normalises afterwards.
     """
 
     block: str
@@ -57,6 +60,8 @@ class AttentionRow:
     output: str
     result: str
     dispatches: bool = True
+    norm_before: str | None = None
+    norm_after: str | None = None
 
     def paths(self) -> Iterator[str]:
         """Every path that this row names."""
@@ -75,6 +80,8 @@ class FeedForwardRow:
         gate: where the gate's matrix is, whose product with ``up`` goes through ``down``, if any. The gate
             is the half that passes through the activation.
         block: the module that holds the sublayer and receives its input; None where the layer does it all.
+        norm_before: as in :class:`AttentionRow`.
+        norm_after: as in :class:`AttentionRow`.
     """
 
     up: Cell
@@ -82,6 +89,8 @@ class FeedForwardRow:
     result: str
     gate: Cell | None = None
     block: str | None = None
+    norm_before: str | None = None
+    norm_after: str | None = None
 
     def paths(self) -> Iterator[str]:
         """Every path that this row names."""
@@ -135,6 +144,8 @@ class StackRow:
         config: the sub-configuration that holds it; "" for the configuration itself.
         repeats: two attributes of the configuration, whose quotient is how often each layer is applied;
             None where that is once.
+        final_norm: path of the norm between the last layer and the stack's final hidden states, if there is one.
+        exit: path of the module whose output is these states, where ``tokens`` does not say it.
     """
 
     name: str
@@ -150,6 +161,8 @@ class StackRow:
     heads: str = "num_attention_heads"
     config: str = ""
     repeats: tuple[str, str] | None = None
+    final_norm: str | None = None
+    exit: str | None = None
 
     def layer_paths(self) -> tuple[str, ...]:
         """The paths inside a layer that a model must have for this row to describe it."""

@@ -9,20 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from deltune.backbone import Anatomy, Targets
-from deltune.errors import MethodError
-from deltune.methods.base import Method, Paper, Placement
-from deltune.methods.options import option
+from deltune.backbone import Anatomy
+from deltune.methods.additive.prompt_start import PromptMethod
+from deltune.methods.base import Paper, Placement
 from deltune.methods.registry import register
-from deltune.sites import Insertion, TokenForm, TokenSite, token_sites
+from deltune.sites import Insertion, TokenForm
 
 __all__ = ["Prompt", "PromptTuning"]
-
-#: The vocabulary initialisation draws from the first ids, where tokenizers keep frequent tokens (the paper).
-_FREQUENT = 5000
 
 
 class Prompt(TokenForm):
@@ -44,7 +39,7 @@ class Prompt(TokenForm):
 
 @register
 @dataclass(frozen=True)
-class PromptTuning(Method):
+class PromptTuning(PromptMethod):
     r"""P trainable embedding vectors in front of the embedded text: the model reads [E_p; X].
 
     They take positions 0 to P-1 and the text begins at P; their outputs never reach the head or the loss. In
@@ -53,7 +48,8 @@ class PromptTuning(Method):
     When to use:
         Large frozen models and very many tasks, because a task is P vectors. Below a billion parameters expect
         less than an adapter or LoRA gives, and compare with a trained head on the frozen model. A rate that suits
-        LoRA leaves a prompt untrained: keep the default or go higher.
+        LoRA leaves a prompt untrained: keep the default or go higher. Where related tasks have prompts, start from
+        them (``start_from``). Several prompts of one task can vote at the cost of one model: ``PromptEnsemble``.
 
     Cost:
         Parameters: P d. BERT-base, P = 20: 15,360 (0.014 %).
@@ -80,18 +76,23 @@ class PromptTuning(Method):
         $ deltune tune --model models/decoder --data data/instructions.jsonl --task instruction-tuning \
             --output runs/prompt --method prompt-tuning --length 20 --learning-rate 0.1
 
+        $ deltune tune --model models/decoder --data data/instructions.jsonl --task instruction-tuning \
+            --output runs/transfer --method prompt-tuning --start-from runs/prompt
+
     Differs from the paper:
         20 rows by default, the paper's is 100. ``vocabulary`` draws distinct rows of the embedding table from its
-        first 5,000; ``uniform`` is U(-0.5, 0.5) as the paper says (the authors' code draws from [0, 0.5)). Starting
-        from class labels is not offered. Trained with AdamW; the paper uses Adafactor at a constant 0.3.
+        first 5,000; ``uniform`` is U(-0.5, 0.5) as the paper says (the authors' code draws from [0, 0.5)). Inputs
+        without a table of tokens, such as images, start uniform. ``start_labels`` cuts each label into tokens as it is
+        written: where a word inside a sentence is another token than the word alone, write the space before it.
+        ``start_text`` is not in the paper. Trained with AdamW; the paper uses Adafactor at a constant 0.3.
+
+        ``start_from`` is the transfer of prompts (Vu et al. 2022, arXiv 2110.07904). With ``similar_to``, a prompt
+        of the target task after a short training, the sources are weighted by the cosine of the means of their rows,
+        negative ones by zero; their second measure, over all pairs of rows, is not offered.
 
     Source:
         Lester et al. 2021, arXiv 2104.08691, section 2; authors' code: google-research/prompt-tuning.
     """
-
-    length: int = option(20, "number P of rows", minimum=1)
-    initialization: str = option("vocabulary", "where the rows start", choices=("vocabulary", "uniform"))
-    targets: Targets | None = option(None, "the input of which stacks; of the first that can be widened if none")
 
     name: ClassVar[str] = "prompt-tuning"
     branch: ClassVar[str] = "additive"
@@ -104,28 +105,5 @@ class PromptTuning(Method):
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """Rows for the input of every selected stack."""
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for site in token_sites(model, anatomy, self.targets or _first_stack(anatomy)):
-            table = modules[site.embeddings] if site.embeddings else None
-            yield Placement(site, Prompt(self._rows(site, table)))
-
-    def _rows(self, site: TokenSite, table: nn.Module | None) -> Tensor:
-        if self.initialization == "uniform" or table is None:
-            return torch.empty(self.length, site.hidden_size, dtype=site.dtype, device=site.device).uniform_(-0.5, 0.5)
-        count = min(_FREQUENT, int(table.num_embeddings))  # type: ignore[arg-type]
-        if self.length > count:
-            raise MethodError(
-                f"{self.length} distinct rows cannot be drawn from a vocabulary of {count}. Use a shorter prompt or "
-                "initialization=uniform."
-            )
-        ids = torch.randperm(count)[: self.length].to(site.device)
-        with torch.no_grad():
-            # through the module, because some models scale their embeddings
-            rows: Tensor = table(ids)
-        return rows.to(site.dtype)
-
-
-def _first_stack(anatomy: Anatomy) -> Targets:
-    """The first stack whose input can be widened: of encoder-decoder models the encoder, as in the paper."""
-    able = [name for name, stack in anatomy.stacks.items() if stack.tokens is not None]
-    return Targets(("embeddings",), stacks=tuple(able[:1]))
+        for site, rows in self.prompt_sites(model, anatomy):
+            yield Placement(site, Prompt(rows))

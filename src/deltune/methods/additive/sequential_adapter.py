@@ -9,69 +9,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.activations import ACT2FN
+from torch import nn
 
 from deltune.backbone import Anatomy, Targets
-from deltune.errors import MethodError, suggestion
-from deltune.methods.base import Method, Paper, Placement
+from deltune.methods.additive.bottleneck import BottleneckMethod, with_default
+from deltune.methods.base import Paper, Placement
 from deltune.methods.options import option
 from deltune.methods.registry import register
-from deltune.sites import Insertion, ParameterSite, SublayerForm, SublayerSite, sublayer_sites
+from deltune.sites import Insertion, ParameterSite, sublayer_sites
 
-__all__ = ["Bottleneck", "SequentialAdapter"]
-
-
-class Bottleneck(SublayerForm):
-    r"""dh = W_up phi(W_down h + b_down) + b_up.
-
-    W_down (m, d) and W_up (d, m) are normal with the given standard deviation, truncated at two of them;
-    biases are zero.
-
-    Args:
-        features: d.
-        width: m.
-        activation: name of phi, as transformers knows it.
-        standard_deviation: of the initial weights.
-        dtype: type of the parameters.
-        device: where they are.
-    """
-
-    def __init__(
-        self,
-        features: int,
-        width: int,
-        activation: str = "gelu_pytorch_tanh",
-        standard_deviation: float = 1e-2,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__()
-        self.down = nn.Linear(features, width, dtype=dtype, device=device)
-        self.up = nn.Linear(width, features, dtype=dtype, device=device)
-        self.activation = ACT2FN[activation]
-        for linear in (self.down, self.up):
-            nn.init.trunc_normal_(linear.weight, std=1.0, a=-2.0, b=2.0)
-            with torch.no_grad():
-                linear.weight.mul_(standard_deviation)
-            nn.init.zeros_(linear.bias)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """The change (..., d) for h (..., d)."""
-        kind = h.dtype
-        narrow = self.activation(F.linear(h, self.down.weight.to(kind), self.down.bias.to(kind)))
-        return F.linear(narrow, self.up.weight.to(narrow.dtype), self.up.bias.to(narrow.dtype))
+__all__ = ["SequentialAdapter"]
 
 
 @register
 @dataclass(frozen=True)
-class SequentialAdapter(Method):
+class SequentialAdapter(BottleneckMethod):
     r"""Adapters after the attention and the feed-forward sublayer: h <- h + W_up phi(W_down h + b) + b.
 
     They act on a sublayer's result before it joins the residual stream. Near the identity at the start; exactly
-    the identity with ``standard_deviation=0``. With ``train_norms`` every normalisation layer is trained too.
+    the identity with ``initialization=kaiming``. With ``train_norms`` every normalisation layer is trained too.
 
     When to use:
         Where a change of weights is not enough and the additional modules may stay: many tasks on one frozen
@@ -115,9 +71,9 @@ class SequentialAdapter(Method):
         Houlsby et al. 2019, arXiv 1902.00751, section 2.1; authors' code: google-research/adapter-bert.
     """
 
-    width: int = option(64, "width m of the bottleneck", minimum=1)
-    activation: str = option("gelu_pytorch_tanh", "the bottleneck's non-linearity, as transformers names it")
-    standard_deviation: float = option(1e-2, "of the initial weights; 0 leaves the model unchanged", minimum=0)
+    width: int | str = with_default("width", 64)
+    activation: str = with_default("activation", "gelu_pytorch_tanh")
+    initialization: str = with_default("initialization", "truncated")
     train_norms: bool = option(True, "train the normalisation layers too, as the paper does")
     targets: Targets = option(Targets(("attention", "ffn")), "after which sublayers")
 
@@ -131,24 +87,12 @@ class SequentialAdapter(Method):
     weight_decay: ClassVar[float] = 0.01
     unchanged_at_start: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activation not in ACT2FN:
-            raise MethodError(
-                f"{self.name}: there is no activation {self.activation!r}. {suggestion(self.activation, ACT2FN)}"
-            )
-
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """A bottleneck after every selected sublayer, and the normalisation layers."""
         for site in sublayer_sites(model, anatomy, self.targets):
-            yield Placement(site, self._form(site))
+            yield Placement(site, self.bottleneck(site))
         if self.train_norms:
             modules = dict(model.named_modules(remove_duplicate=False))
             for part in anatomy.of("norm"):
                 for name, _ in modules[part.module].named_parameters(recurse=False):
                     yield Placement(ParameterSite(f"{part.module}.{name}"))
-
-    def _form(self, site: SublayerSite) -> Bottleneck:
-        return Bottleneck(
-            site.hidden_size, self.width, self.activation, self.standard_deviation, site.dtype, site.device
-        )
