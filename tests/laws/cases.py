@@ -41,26 +41,15 @@ METHODS: dict[str, str] = {
     "ladder-side-tuning": "ladder-side-tuning(reduction=2)",
     "attention-fusion-residual": "attention-fusion(dropout=0, residual=true, embeddings=true)",
 }
-#: One method of every kind: these are tested on every architecture at every commit.
-EVERYWHERE = tuple(
-    name
-    for name in METHODS
-    if name
-    not in (
-        "lora-decomposed",
-        "qlora",
-        "fact",
-        "p-tuning",
-        "p-tuning-v2",
-        "prefix-tuning-shifted",
-        "attention-fusion-residual",
-        "attempt",
-        "multitask-prompt-tuning",
-        "residual-adapter",
-        "parallel-adapter",
-        "parallel-adapter-heads",
-        "adapter-fusion",
-    )
+#: One method of every mechanism: these are tested on every architecture at every commit.
+EVERYWHERE = (
+    "bitfit",
+    "lora",
+    "sequential-adapter",
+    "prefix-tuning",
+    "prompt-tuning",
+    "attention-fusion",
+    "ladder-side-tuning",
 )
 #: The other methods share their mechanisms: at every commit they are tested on these, and by the slow tests on all.
 REPRESENTATIVE = ("bert", "gpt2", "gpt_neox", "llama-gqa", "t5", "vit")
