@@ -64,7 +64,7 @@ def page(kind: type[Method]) -> str:
         kind: the method's class. Sections that its docstring lacks are left out.
     """
     lead, sections = docstring_sections(kind)
-    parts = [f"# {kind.name}", f"`deltune.{kind.__name__}`: {_text(lead)}"]
+    parts = [f"# {kind.name}", f"`deltune.{kind.__name__}`: {_text(lead, items=False)}"]
     for title in SECTIONS:
         if title == "Example":
             parts += ["## Options", _options(kind)]
@@ -191,13 +191,13 @@ def _source(kind: type[Method], text: str) -> str:
     return f"{title}. {_text(text) or f'{kind.paper.authors} {kind.paper.year}.'}"
 
 
-def _text(text: str) -> str:
-    """Paragraphs on one line each, lists of named items, and code in single backticks."""
+def _text(text: str, items: bool = True) -> str:
+    """Paragraphs on one line each, lists of named items unless there are none, and code in single backticks."""
     blocks = []
     for paragraph in re.split(r"\n\s*\n", text):
         lines = paragraph.splitlines()
         starts = [line for line in lines if not line.startswith(" ")]
-        if starts and all(_ITEM.match(line) for line in starts):
+        if items and starts and all(_ITEM.match(line) for line in starts):
             joined = re.sub(r"\n +", " ", paragraph)
             blocks.append("\n".join(_ITEM.sub(r"- **\1**: ", line, count=1) for line in joined.splitlines()))
         else:
