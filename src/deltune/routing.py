@@ -201,8 +201,8 @@ def _with_values(module: nn.Module, name: str, values: Mapping[str, nn.Parameter
     for key, value in values.items():
         path, _, attribute = key.removeprefix(f"{name}.").rpartition(".")
         like = module.get_parameter(key.removeprefix(f"{name}."))
-        if value.device != like.device:
-            value.data = value.data.to(like.device)  # the model was moved while it was off
+        if (value.device, value.dtype) != (like.device, like.dtype):
+            value.data = value.data.to(like.device, like.dtype)  # the model was moved while it was off
         head.get_submodule(path)._parameters[attribute] = value
     return head
 

@@ -136,6 +136,18 @@ def test_heads_of_routed_attachments_move_with_the_model() -> None:
     assert output(tuned.model, batch).dtype == torch.bfloat16
 
 
+def test_heads_follow_a_model_that_was_moved_while_they_were_off() -> None:
+    tuned, batch = two_tasks()
+    tuned.model.to(torch.bfloat16)
+    expected = [alone(tuned, batch, name) for name in ("b", "a")]
+    tuned.model.to(torch.float64)
+    with tuned.routed(["b", "a", "a"]):
+        mixed = output(tuned.model, batch)
+    assert mixed.dtype == torch.float64
+    assert torch.allclose(mixed[0], expected[0][0].double(), atol=0.1)
+    assert torch.allclose(mixed[1:], expected[1][1:].double(), atol=0.1)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama-gqa", "vit", "modernbert"])
 def test_one_pass_over_several_tasks_equals_a_pass_for_each(name: str) -> None:
     tuned, batch = two_tasks(name, "classification")
