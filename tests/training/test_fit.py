@@ -102,7 +102,16 @@ def test_only_the_delta_changes_and_the_surroundings_are_left_alone() -> None:
     assert all(torch.equal(value, state[name]) for name, value in frozen.items() if name not in head)
 
 
-@pytest.mark.parametrize("method", ["lora(rank=2, dropout=0.2)", "prefix-tuning(length=2)", "lora + bitfit", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora(rank=2, dropout=0.2)",
+        "prefix-tuning(length=2)",
+        "ladder-side-tuning(reduction=2)",
+        "lora + bitfit",
+        "full",
+    ],
+)
 def test_a_stopped_run_ends_in_the_same_bits(method: str, tmp_path: Path) -> None:
     settings = {"gradient_accumulation": 2, "evaluate_every": 3, "save_every": 2, "epochs": 3, "patience": 5}
     settings["drop_layers"] = method.startswith("lora(")
