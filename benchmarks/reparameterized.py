@@ -20,7 +20,7 @@ METHODS = (
     "fact",
     "lorta",
     "qlora",
-    "linear-head",
+    "freeze(layers=0)",
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from deltune.checkpoints import write
 from deltune.errors import StateError
 from deltune.folding import fold
+from deltune.frozen_states import FrozenStates, frozen_states
 from deltune.methods import Method
 from deltune.model_hooks import StepHooks, total_penalty
 from deltune.quantization.model import dequantize_layers, format_of
@@ -128,6 +130,33 @@ class Tuned(Switchboard):
         if name is None and len(self.active) != 1:
             raise StateError(f"Say which attachment to cut: name= one of {', '.join(self.attachments)}.")
         self._attachment(name or self.active[0]).set_rank(rank)
+
+    @contextmanager
+    def frozen_states(self, folder: str | Path, dtype: torch.dtype | None = None) -> Iterator[FrozenStates]:
+        """Inside the block layers below everything that trains run once for each text, in training and evaluation.
+
+        What they make of a text is kept in ``folder`` and taken from there when the same text comes again, in
+        whatever batch, in this run or a later one. It serves methods that leave the lowest layers alone: side
+        networks, fusion of layers, heads, the last layers, adapters whose lowest are dropped. A batch of which a row
+        is not known runs as a whole.
+
+        It takes d numbers for each position and kept layer: for a method that trains the upper layers that is one
+        layer, for ladder side-tuning all layers that have a side layer.
+
+        Args:
+            folder: made if it does not exist.
+            dtype: type of the kept numbers; that of the layers by default. float16 takes half of float32's space.
+
+        Raises:
+            StateError: if no layer is frozen below what acts, the model has several stacks, another process uses the
+                folder; in training, if frozen layers drop values at random.
+            CheckpointError: if the folder keeps states of another model, or of other layers.
+        """
+        self._refuse_while_merged("keep states of frozen layers")
+        if not self.control.live:
+            raise StateError("Nothing is active, so it is not known which layers are frozen. Activate a method first.")
+        with frozen_states(self.model, self.anatomy, self.control, self.attachments, folder, dtype) as states:
+            yield states
 
     # -- merging ---------------------------------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ def refused(ended: Ended, *words: str) -> None:
         (["--device", "mps"], ["no device 'mps' here", "cpu"]),
         (["--device", "gpu"], ["Choose cpu, cuda or mps"]),
         (["--limit", "few"], ["--limit must be a whole number"]),
+        (["--model-dropout", "few"], ["--model-dropout must be a number"]),
+        (["--model-dropout", 1.5], ["at least 0 and less than 1, not 1.5"]),
         (
             ["--method", "full", "--learning-rate", 1e30, "--schedule", "constant", "--warmup-ratio", 0],
             ["learning rate", "last good training checkpoint is kept"],
@@ -56,6 +58,20 @@ def refused(ended: Ended, *words: str) -> None:
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) and str(value[0]).startswith("-") else "",
 )
 def test_tune_refuses(options: list[object], words: list[str], place: Place, deltune: Command, tmp_path: Path) -> None:
+    refused(deltune(*place.tune(tmp_path / "out", *options)), *words)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("lora", ["below which no layer is frozen", "attention.* layers=4:"]),
+        ("freeze(layers=1)", ["embeddings.dropout drops values", "--model-dropout 0"]),
+    ],
+)
+def test_states_that_cannot_be_kept(
+    method: str, words: list[str], place: Place, deltune: Command, tmp_path: Path
+) -> None:
+    options = ("--method", method, "--frozen-states", tmp_path / "states")
     refused(deltune(*place.tune(tmp_path / "out", *options)), *words)
 
 

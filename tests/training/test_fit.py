@@ -102,6 +102,58 @@ def test_only_the_delta_changes_and_the_surroundings_are_left_alone() -> None:
     assert all(torch.equal(value, state[name]) for name, value in frozen.items() if name not in head)
 
 
+@pytest.mark.parametrize("method", ["freeze(layers=1)", "ladder-side-tuning(reduction=2)"])
+def test_kept_states_of_frozen_layers_change_nothing_but_rounding(method: str, tmp_path: Path) -> None:
+    settings = {"epochs": 3, "evaluate_every": 4}
+    plain = tiny.classifier(method, dropout=0.0)
+    expected = run(plain, settings=settings)
+    ran = []
+    kept = tiny.classifier(method, dropout=0.0)
+    kept.model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: ran.append(kept.model.training))
+    settings["frozen_states"] = str(tmp_path / "states")
+    result = run(kept, settings=settings)
+    assert result.history[0]["loss"] == expected.history[0]["loss"]
+    for one, other in zip(tiny.weights(kept).values(), tiny.weights(plain).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert ran.count(True) <= 8 + 1  # the batches of one pass over the texts, and one to compare
+    # another run, with other settings, has them already, and a stopped one ends in the same bits
+    ran.clear()
+    again = tiny.classifier(method, dropout=0.0)
+    again.model.bert.encoder.layer[0].attention.register_forward_hook(lambda *_: ran.append(again.model.training))
+    with pytest.raises(KeyboardInterrupt):
+        run(again, settings=settings, output=tmp_path / "run", callbacks=[StopAt(9)])
+    resumed = tiny.classifier(method, dropout=0.0)
+    run(resumed, settings=settings, output=tmp_path / "run")
+    whole = tiny.classifier(method, dropout=0.0)
+    run(whole, settings=settings)
+    assert tiny.equal(tiny.weights(resumed), tiny.weights(whole))
+    assert ran.count(True) == 1
+
+
+def test_what_cannot_be_trained_on_kept_states_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    settings = {"steps": 2, "frozen_states": tmp_path / "states"}
+    with pytest.raises(StateError, match="drops values"):
+        run(tiny.classifier("freeze(layers=1)"), settings=settings, output=tmp_path / "run")
+    with pytest.raises(StateError, match="below which no layer is frozen"):
+        run(tiny.classifier("lora"), settings=settings, output=tmp_path / "run")
+    quiet = tiny.classifier("freeze(layers=1)", dropout=0.0)
+    with pytest.raises(TrainingError, match="the same folder"):
+        run(quiet, settings={**settings, "frozen_states": tmp_path / "run"}, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run(quiet, settings=settings, output=tmp_path / "run")  # as advised, with the same output
+
+
+def test_a_run_with_another_dropout_is_another_run(tmp_path: Path) -> None:
+    run(tiny.classifier(), settings={"steps": 2}, output=tmp_path)
+    with pytest.raises(StateError, match=r"dropouts\.hidden_dropout_prob was 0\.1 and is 0\.0 now"):
+        run(tiny.classifier(dropout=0.0), settings={"steps": 2}, output=tmp_path)
+    file = tmp_path / "run.json"
+    content = json.loads(file.read_text())
+    del content["run"]["dropouts"]  # as earlier versions wrote it
+    file.write_text(json.dumps(content))
+    assert run(tiny.classifier(), settings={"steps": 2}, output=tmp_path).steps == 2
+
+
 @pytest.mark.parametrize(
     "method",
     [

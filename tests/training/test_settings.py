@@ -46,6 +46,6 @@ def test_resolving_leaves_nothing_open() -> None:
     settings = TrainingSettings(epochs=1.5, gradient_accumulation=4)
     resolved = settings.resolve(learning_rate=0.1, weight_decay=0.2, batches=10, device="cpu", threads=2)
     open_ones = {name for name, value in resolved.to_dict().items() if value is None}
-    assert open_ones == {"patience"}
+    assert open_ones == {"patience", "frozen_states"}
     assert (resolved.steps, resolved.evaluate_every, resolved.evaluation_batch_size) == (5, 3, 32)
     assert resolved.resolve(learning_rate=9, weight_decay=9, batches=10, device="cuda", threads=9) == resolved

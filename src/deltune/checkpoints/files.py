@@ -1,18 +1,44 @@
-"""Files that are whole or absent: written beside their place, then moved there in one step."""
+"""Files that are whole or absent: written beside their place, then moved there in one step. Folders that one has."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deltune.errors import CheckpointError
+from deltune.errors import CheckpointError, StateError
 
-__all__ = ["write_atomically", "write_json", "write_tensors"]
+__all__ = ["claimed", "write_atomically", "write_json", "write_tensors"]
+
+
+@contextmanager
+def claimed(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep others out of ``folder``; the system lets go of the lock even if this process is killed.
+
+    Where the file system knows no locks, nothing is kept out.
+
+    Raises:
+        StateError: with the text ``refusal``, if another has it.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateError(refusal) from error
+        except OSError:
+            pass
+        yield
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

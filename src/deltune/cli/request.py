@@ -28,6 +28,7 @@ _OWN = (
     "limit",
     "task",
     "text",
+    "model_dropout",
     "output",
     "restart",
 )
@@ -51,6 +52,7 @@ class TuneRequest:
     output: Path
     restart: bool
     settings: TrainingSettings
+    model_dropout: float | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TuneRequest:
@@ -89,6 +91,7 @@ class TuneRequest:
             output=Path(values["output"]),
             restart=_truth(values.get("restart", False)),
             settings=TrainingSettings.from_options(settings),
+            model_dropout=_number("model_dropout", values.get("model_dropout")),
         )
 
 
@@ -191,6 +194,13 @@ def _share(value: Any) -> str | float | None:
     if not 0 < number < 1:
         raise DataError(f"--evaluation must be a file or a share between 0 and 1, not {value}.")
     return number
+
+
+def _number(name: str, value: Any) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{_flag(name)} must be a number, not {value!r}.") from error
 
 
 def _whole(name: str, value: Any) -> int | None:

@@ -74,6 +74,9 @@ def tune(
     split: Annotated[str | None, typer.Option(help="Split of a named dataset to train on.")] = None,
     evaluation_split: Annotated[str | None, typer.Option(help="Split of a named dataset to evaluate with.")] = None,
     limit: Annotated[str | None, typer.Option(help="Train on this many rows, from the beginning.")] = None,
+    model_dropout: Annotated[
+        str | None, typer.Option(help="Probability of every dropout of the model; its own if none.", metavar="NUMBER")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the same names; options win.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete the run in the output folder first.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as one line of JSON.")] = False,
@@ -96,6 +99,7 @@ def tune(
         "split": split,
         "evaluation_split": evaluation_split,
         "limit": limit,
+        "model_dropout": model_dropout,
         "restart": restart or None,
         **settings,
     }
@@ -141,7 +145,12 @@ def _run(request: TuneRequest) -> tuple[Tuned, FitResult]:
         evaluation = read_dataset(request.evaluation or request.data, request.evaluation_split)
     tokenizer = task.load_tokenizer(request.model)
     torch.manual_seed(request.settings.seed)
-    model = task.load_model(request.model, tokenizer=tokenizer, read=reader(request.method.base_format))
+    model = task.load_model(
+        request.model,
+        tokenizer=tokenizer,
+        dropout=request.model_dropout,
+        read=reader(request.method.base_format),
+    )
     tuned = deltune.attach(model, request.method, reversible=False)
     with LiveProgress(str(request.method), task.metric) as progress:
         result = fit(

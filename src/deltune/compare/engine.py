@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from deltune.checkpoints.files import claimed
 from deltune.compare.command import command
 from deltune.compare.content import ComparisonData, model_fingerprint, prepare_data
 from deltune.compare.display import Board
@@ -22,7 +22,7 @@ from deltune.compare.processes import Workers, file_name
 from deltune.compare.results import ResultsFile
 from deltune.compare.table import ComparisonTable
 from deltune.compare.worker_job import Job
-from deltune.errors import DeltuneError, StateError
+from deltune.errors import DeltuneError
 from deltune.measure import cpu_count, provenance
 
 __all__ = ["Outcome", "PlannedRun", "run_comparison"]
@@ -105,7 +105,8 @@ def run_comparison(
     plan, fingerprints = plan_runs(comparison, data)
     folder = Path(output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    refusal = f"Another comparison is writing into {folder}. Wait for it, or choose another output folder."
+    with claimed(folder, refusal):
         file = ResultsFile(folder)
         found = file.read()
         if file.repaired:
@@ -252,24 +253,6 @@ class _Engine:
                 folder.rmdir()
         if runs.is_dir() and not any(runs.iterdir()):
             shutil.rmtree(runs)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Keep a second comparison out of the folder; the system lets go of the lock even if this process is killed."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StateError(
-                f"Another comparison is writing into {folder}. Wait for it, or choose another output folder."
-            ) from error
-        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -64,6 +64,10 @@ class StatesForm(Form):
     #: Features that the form of the stack which this one reads has appended.
     beside: int = 0
     transparent: bool = False
+
+    def reads(self, layers: int) -> Collection[int]:
+        """Which of the ``layers`` + 1 entries of ``hidden`` it reads; by default all."""
+        return range(layers + 1)
 
     @abstractmethod
     def forward(self, states: StackStates) -> Tensor:

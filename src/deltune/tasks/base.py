@@ -158,7 +158,7 @@ class Task(ABC):
         options = {"dtype": torch.float32, **options}
         try:
             if dropout is not None:
-                options.update(_dropouts(transformers.AutoConfig.from_pretrained(path), dropout))
+                options.update(_with_dropout(transformers.AutoConfig.from_pretrained(path), dropout))
             kind = getattr(transformers, self.auto_class)
             model: Any = (read or _read)(kind, path, **required, **options)
         except OSError as error:
@@ -366,7 +366,16 @@ def _unloadable(what: str, path: str, error: Exception) -> DeltuneError:
     )
 
 
-def _dropouts(config: Any, probability: float) -> dict[str, float]:
+def dropouts(config: Any) -> dict[str, float | None]:
+    """Every dropout of a model's configuration by name; none where there is none."""
+    return {
+        name: value
+        for name, value in getattr(config, "to_dict", dict)().items()
+        if ("dropout" in name or name.endswith("_pdrop")) and (value is None or isinstance(value, int | float))
+    }
+
+
+def _with_dropout(config: Any, probability: float) -> dict[str, float]:
     """Every dropout of a configuration, set to ``probability``.
 
     Raises:
@@ -374,8 +383,4 @@ def _dropouts(config: Any, probability: float) -> dict[str, float]:
     """
     if not 0 <= probability < 1:
         raise DataError(f"A dropout must be at least 0 and less than 1, not {probability}.")
-    return {
-        name: probability
-        for name, value in config.to_dict().items()
-        if ("dropout" in name or name.endswith("_pdrop")) and (value is None or isinstance(value, int | float))
-    }
+    return dict.fromkeys(dropouts(config), probability)

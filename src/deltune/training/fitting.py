@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ import transformers
 import deltune
 from deltune.attachment import Attachment
 from deltune.errors import DeltuneError, StateError, TrainingError
+from deltune.frozen_states import Trunk, refuse_dropout
 from deltune.measure import provenance as measured_on
 from deltune.tasks import LengthBucketSampler, Task, fingerprint, padding_share
+from deltune.tasks.base import dropouts
 from deltune.training.batches import planned_batches
 from deltune.training.devices import usable_device
 from deltune.training.evaluation import encoded
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["fit"]
+
+#: Settings that change no more than rounding.
+_MACHINE = ("device", "threads", "frozen_states")
 
 
 def fit(
@@ -99,6 +104,8 @@ def fit(
         device=usable_device(settings.device),
         threads=torch.get_num_threads(),
     )
+    if resolved.frozen_states is not None:
+        _check_frozen(tuned, resolved.frozen_states, output)
     attachment.task = task.describe()
     identity = _identity(tuned, attachment, resolved, rows, evaluation_rows)
     folder = RunFolder(output, identity, _versions(), resume=resume) if output is not None else None
@@ -131,11 +138,26 @@ def fit(
     return result
 
 
+def _check_frozen(tuned: Tuned, folder: str, output: str | Path | None) -> None:
+    """Refuse, before anything is written, what could not be trained on kept states.
+
+    Raises:
+        StateError: if no layer is frozen below what acts, or frozen layers drop values.
+        TrainingError: if both folders are the same.
+    """
+    if output is not None and Path(folder).expanduser().resolve() == Path(output).expanduser().resolve():
+        raise TrainingError(
+            f"frozen_states and output are the same folder, {output}. States serve several runs: give them their own."
+        )
+    trunk = Trunk.of(tuned.anatomy, tuned.control, [tuned.attachments[name] for name in tuned.active])
+    refuse_dropout(tuned.model, trunk)
+
+
 def _identity(
     tuned: Tuned, attachment: Attachment, settings: TrainingSettings, rows: Dataset, evaluation_rows: Dataset | None
 ) -> dict[str, Any]:
-    """What makes two runs the same; device and threads may change, at the price of the last bits."""
-    described = {key: value for key, value in settings.to_dict().items() if key not in ("device", "threads")}
+    """What makes two runs the same; what concerns the machine may change, at the price of the last bits."""
+    described = {key: value for key, value in settings.to_dict().items() if key not in _MACHINE}
     if described["optimizer"] == "adamw":
         del described["optimizer"]  # runs from before there was a choice go on
     return {
@@ -149,6 +171,7 @@ def _identity(
             "evaluation": fingerprint(evaluation_rows) if evaluation_rows is not None else None,
         },
         "base_model": tuned.base_model,
+        "dropouts": dropouts(getattr(tuned.model, "config", None)),
     }
 
 
@@ -177,16 +200,17 @@ def _train(trainer: FitTrainer, checkpoints: Path) -> None:
     if found is None:
         trainer.prepare_methods()
         trainer.save_first_snapshot()
-        trainer.train()
+        start = None
     else:
         folder, snapshot = found
         trainer.use_snapshot(snapshot, folder)
-        if trainer.flow.finished:
-            trainer.load_trainer_state(folder)
-        elif trainer.is_first(folder):
-            trainer.train()
-        else:
-            trainer.train(resume_from_checkpoint=str(folder))
+        start = None if trainer.is_first(folder) else str(folder)
+    if found is not None and trainer.flow.finished:
+        trainer.load_trainer_state(found[0])
+    else:
+        kept = trainer.settings.frozen_states
+        with trainer.tuned.frozen_states(kept) if kept else nullcontext():
+            trainer.train(resume_from_checkpoint=start)
     if trainer.flow.best_weights is not None:
         put_back(trainer.tuned, trainer.flow.best_weights, checkpoints)
     refuse_not_finite(trainer.tuned, trainer.state.global_step)

@@ -25,6 +25,8 @@ __all__ = ["RunFolder"]
 
 logger = logging.getLogger(__name__)
 
+#: What runs of earlier versions do not say of themselves.
+_LATER = {"dropouts"}
 _RUN_FILE = "run.json"
 _RESULT_FILE = "result.json"
 _RAW_FILE = "trained.safetensors"
@@ -127,6 +129,8 @@ class RunFolder:
                 f"{file} is damaged ({error}). Start anew with --restart (in Python: resume=False)."
             ) from error
         now = json.loads(json.dumps(identity))
+        for key in _LATER - run.keys():
+            now.pop(key, None)
         changes = list(_differences(run, now))
         if changes:
             raise StateError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
@@ -79,6 +80,11 @@ class TrainingSettings:
     drop_layers: bool = _setting(
         False, "leave a random number of the lowest layers unchanged in each step, so that they can be dropped later"
     )
+    frozen_states: str | None = _setting(
+        None,
+        "folder where the states of the frozen layers are kept, so that these run once for each text and not in every "
+        "epoch; may serve several runs; not kept if none",
+    )
     evaluate_every: int | None = _setting(None, "steps between evaluations; an epoch if none", minimum=1)
     save_every: int | None = _setting(None, "steps between training checkpoints; an epoch if none", minimum=1)
     patience: int | None = _setting(
@@ -92,6 +98,9 @@ class TrainingSettings:
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+                object.__setattr__(self, item.name, value)
             if hints[item.name] in (float, float | None) and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
                 object.__setattr__(self, item.name, value)

@@ -80,7 +80,7 @@ class PfeifferAdapter(BottleneckMethod):
         2021,
         "2005.00247",
     )
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     unchanged_at_start: ClassVar[bool] = False
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -84,6 +84,10 @@ class SideNetwork(StatesForm):
     def gate(self, index: int) -> Tensor:
         """The share g of the side state before the block at the layer of that number, a scalar."""
         return torch.sigmoid(self.gates[index] / self.temperature)
+
+    def reads(self, layers: int) -> Collection[int]:
+        """The embedded input, and the outputs of the layers that have a block beside them."""
+        return 0, *(index + 1 for index in self.kept)
 
     def forward(self, states: StackStates) -> Tensor:
         """The new final states (B, T, d), or (B, T, w) without U."""
