@@ -160,6 +160,23 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
         load_quantized(tmp_path, kind, TORCH)
 
 
+def test_a_name_on_the_hub_is_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    downloaded = tmp_path / "models--someone--small-model"
+    saved("llama", downloaded / "snapshots" / "abc")
+    (downloaded / "refs").mkdir()
+    (downloaded / "refs" / "main").write_text("abc")
+    found = load_quantized("someone/small-model", class_of("llama"), TORCH)
+    assert_equal(found, load_quantized(downloaded / "snapshots" / "abc", class_of("llama"), TORCH))
+    assert found.config._name_or_path == "someone/small-model"
+    for name in ("someone/another", "no/such/folder", str(tmp_path / "nothing")):
+        with pytest.raises(CheckpointError, match=r"no folder .* no model of that name"):
+            load_quantized(name, class_of("llama"), TORCH)
+
+
 def test_a_missing_engine_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(DeltuneError, match=r"deltune\[quant\]"):

@@ -50,7 +50,8 @@ def load_quantized(
     ``save_pretrained`` of a quantised model wrote is read as it is, bit for bit.
 
     Args:
-        path: the folder, with ``config.json`` and safetensors files.
+        path: the folder, with ``config.json`` and safetensors files; or a name on the model hub, whose files are
+            downloaded first.
         model_class: ``AutoModelForCausalLM``, or any other class of transformers.
         format: how; by default NF4 with double quantisation by bitsandbytes. Of a folder that is quantised already
             block and double quantisation must be those of the folder.
@@ -62,7 +63,7 @@ def load_quantized(
         The model, in evaluation mode. A task head that the folder does not hold has new values.
 
     Raises:
-        CheckpointError: if the folder is not one, or does not hold this model's tensors.
+        CheckpointError: if the folder is not one, does not hold this model's tensors, or cannot be downloaded.
         DeltuneError: if the engine is not installed.
         StateError, TargetError: as :func:`deltune.quantize`.
     """
@@ -73,8 +74,10 @@ def load_quantized(
         dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."))
     if wanted.engine == "bitsandbytes":
         bitsandbytes()  # before hours of reading
-    files = _files(Path(path))
-    config = AutoConfig.from_pretrained(path, **options)
+    folder = _folder(path)
+    files = _files(folder)
+    config = AutoConfig.from_pretrained(folder, **options)
+    config._name_or_path = str(path)
     stored = stored_format(config)
     if stored is not None:
         del config.quantization_config
@@ -86,7 +89,7 @@ def load_quantized(
     model.eval()
     anatomy = anatomy_of(model)
     _Filling(model, wanted, dtype, torch.device(device)).fill(files, anatomy)
-    _generation_options(model, Path(path))
+    _generation_options(model, folder)
     mark(model)
     return model
 
@@ -283,6 +286,27 @@ def _renaming(model: Any) -> Callable[[str], str]:
         return str(name) if join is None else ""
 
     return renamed
+
+
+def _folder(path: str | Path) -> Path:
+    """A local folder as it is; of a name on the model hub, the folder that its files were downloaded to.
+
+    Raises:
+        CheckpointError: if there is neither.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"There is no folder {str(path)!r}, and no model of that name can be downloaded ({reason}). Give a folder "
+            "that holds a saved model, or a name on the model hub."
+        ) from error
 
 
 def _files(folder: Path) -> dict[str, Path]:
