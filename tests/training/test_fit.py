@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 
 import deltune
-from deltune.errors import CheckpointError, DataError, StateError, TrainingError
+from deltune.errors import CheckpointError, DataError, DeltuneError, StateError, TrainingError
+from deltune.tasks import Task, TextClassification, TextRegression, TokenTagging
 from deltune.training import FitResult, evaluate, fit
 from tests.training import tiny
 
@@ -141,6 +143,32 @@ def test_what_cannot_be_trained_on_kept_states_is_said_before_anything_is_writte
         run(quiet, settings={**settings, "frozen_states": tmp_path / "run"}, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     run(quiet, settings=settings, output=tmp_path / "run")  # as advised, with the same output
+
+
+@pytest.mark.parametrize(
+    ("measured", "package"),
+    [
+        (TextClassification(label_names=("a", "b")), "scikit-learn"),
+        (TextRegression(), "scikit-learn"),
+        (TokenTagging(label_names=("O", "B-person")), "seqeval"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Task) else "",
+)
+def test_a_package_that_measuring_needs_is_missed_before_the_training(
+    measured: Task, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured.check_metrics()
+    for module in measured.metric_modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DeltuneError, match=package):
+        measured.check_metrics()
+
+
+def test_a_run_that_could_not_be_measured_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(DeltuneError, match="scikit-learn"):
+        run(tiny.classifier(), settings={"steps": 2}, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_another_dropout_is_another_run(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from deltune.tasks import _tokens
 from deltune.tasks._arrays import first_output
 from deltune.tasks._columns import require_columns, require_rows
 from deltune.tasks._encoding import Encoded, EncodingReport
+from deltune.tasks._optional import require
 from deltune.tasks.collation import Collator
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class Task(ABC):
     prediction_padding_side: ClassVar[str] = "right"
     """Side to pad on when predicting; decoders generate behind left padding."""
 
+    metric_modules: ClassVar[tuple[str, ...]] = ()
+    """Modules of optional packages that ``metrics`` imports."""
+
     max_length: int | None = None
 
     def __post_init__(self) -> None:
@@ -93,6 +97,15 @@ class Task(ABC):
     @abstractmethod
     def _encode(self, dataset: Dataset, tokenizer: Any, labelled: bool) -> Encoded:
         """Encodes checked data; called on a resolved task."""
+
+    def check_metrics(self) -> None:
+        """Refuse, before a training that measures, where a package that :meth:`metrics` needs is missing.
+
+        Raises:
+            DeltuneError: saying how to install it.
+        """
+        for module in self.metric_modules:
+            require(module)
 
     @abstractmethod
     def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:

@@ -93,6 +93,7 @@ class TextClassification(_SingleLabelTask):
     name: ClassVar[str] = "text-classification"
     metric: ClassVar[str] = "accuracy"
     greater_is_better: ClassVar[bool] = True
+    metric_modules: ClassVar[tuple[str, ...]] = ("sklearn.metrics",)
 
     label_names: tuple[str, ...] = ()
 
@@ -239,6 +240,7 @@ class TextRegression(_SingleLabelTask):
     name: ClassVar[str] = "text-regression"
     metric: ClassVar[str] = "pearson"
     greater_is_better: ClassVar[bool] = True
+    metric_modules: ClassVar[tuple[str, ...]] = ("sklearn.metrics", "scipy.stats")
 
     @classmethod
     def from_data(cls, dataset: Dataset, **options: Any) -> Self:

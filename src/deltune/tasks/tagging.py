@@ -57,6 +57,7 @@ class TokenTagging(Task):
     metric: ClassVar[str] = "f1"
     greater_is_better: ClassVar[bool] = True
     token_labels: ClassVar[bool] = True
+    metric_modules: ClassVar[tuple[str, ...]] = ("seqeval.metrics.sequence_labeling",)
 
     words: str = "words"
     tags: str = "tags"
@@ -236,7 +237,7 @@ class TokenTagging(Task):
             TrainingError: A loss is not a finite number.
         """
         del labels
-        scores = require("seqeval.metrics.sequence_labeling")
+        scores = require(*self.metric_modules)
         words = as_array(predictions)
         if words.ndim != 3 or words.shape[2] != 3:
             raise DataError(

@@ -80,6 +80,7 @@ def fit(
 
     Raises:
         DataError: if the data do not fit the task.
+        DeltuneError: if a package that measuring needs is not installed.
         StateError: if no or several attachments are live, or ``output`` holds another run.
         TrainingError: if the loss or the weights are no longer finite numbers, where older checkpoints are kept;
             or if the wanted device is not there.
@@ -92,6 +93,7 @@ def fit(
     check_pseudo_tokens(tuned, task)
     rows, evaluation_rows = encoded(task, train, tokenizer), None
     if evaluation is not None:
+        task.check_metrics()
         evaluation_rows = encoded(task, evaluation, tokenizer)
     lengths = [int(length) for length in rows["length"]]
     sampler = LengthBucketSampler(
