@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltune.errors import CheckpointError
-from deltune.state_store import StateStore
+from deltune.frozen_states import StateStore
 
 ORIGIN = {"model_type": "bert"}
 
