@@ -133,7 +133,8 @@ class AttentionFusion(Method):
         Parameters: d for the query. BERT-base: 768, which is 0.0009 % of the encoder's layers. The head is not
             counted. Other ``scores`` have more: projected 2 d^2 + 3 d, last-layer d^2, layer L.
         Memory: the states of all layers, L + 1 tensors (B, T, d), and nothing else of the model.
-        Time: a forward pass, and a backward pass through one weighted sum and the head.
+        Time: a forward pass, and a backward pass through one weighted sum and the head. With ``frozen_states`` the
+            model runs once for each text.
         Inference: L scalar products of length d for each token. It cannot be merged.
 
     Terms:

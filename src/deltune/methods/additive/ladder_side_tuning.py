@@ -62,7 +62,8 @@ class LadderSideTuning(Method):
         Parameters: the blocks, about 1 / r^2 of the model's own; (k + 1) (d d/r + d/r) for k kept layers; U with
             d d/r + d; L gates. BERT-base, r = 8: 2,376,300 (2.2 %). T5-base, r = 8, 9 of 12 layers: 3,878,712 (1.7 %).
         Memory: activations of the side network, about 1 / r of the model's, and the hidden states that D_i read.
-        Time: forward that of the model and a little more; backward that of the side network alone.
+        Time: forward that of the model and a little more; backward that of the side network alone. With
+            ``frozen_states`` the model runs once for each text, and later epochs take the side network's time alone.
         Inference: the side network runs beside the whole model and has a cache of its own. It cannot be merged.
 
     Terms:

@@ -36,7 +36,8 @@ class Freeze(Method):
         Parameters: all of the chosen parts. A layer of BERT-base: 7,087,872 (6.5 %); its feed-forward part:
             4,722,432.
         Memory: optimizer state and gradients of these layers; activations of these layers alone.
-        Time: a whole forward pass, but a backward pass through the last layers only.
+        Time: a whole forward pass, but a backward pass through the last layers only; with ``frozen_states`` the lower
+            layers run once for each text.
         Inference: none.
 
     Terms:
