@@ -1,4 +1,4 @@
-"""Token tagging: where labels stand, what the loss covers, and how spans are read and counted."""
+"""Token tagging: where labels stand, what the loss covers, and what is predicted for each word."""
 
 from __future__ import annotations
 
@@ -14,58 +14,22 @@ import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import normalizers
 from transformers import (
-    BertConfig,
-    BertForTokenClassification,
     ByT5Tokenizer,
     LlamaConfig,
     LlamaForTokenClassification,
-    PreTrainedTokenizerFast,
 )
 
 import deltune
-from deltune.errors import DataError, TrainingError
-from deltune.tasks import TokenTagging, read_dataset, task_from_description
-from deltune.tasks._spans import Span, label_set, needless_begin, spans_of, stray_inside, to_bio
+from deltune.errors import DataError
+from deltune.tasks import TokenTagging, task_from_description
+from deltune.tasks._spans import label_set
 from deltune.training import evaluate, predict
-from tests.assets import shared_data
-from tests.tasks.tiny import byte_tokenizer, word_tokenizer
+from tests.tasks.tagged import DATA, NAMES, PIECES, ROWS, encoder, logits_of, piece_tokenizer, tagged
+from tests.tasks.tiny import byte_tokenizer
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ann", "##a", "met", "bo", "##b", "in", "new", "york", "##er", "s", "x"]
-NAMES = ("O", "B-per", "I-per", "B-place", "I-place")
-ROWS = [
-    {"words": ["Anna", "met", "Bob"], "tags": ["B-per", "O", "B-per"]},
-    {"words": ["in", "New", "Yorker", "s", "x"], "tags": ["O", "B-place", "I-place", "O", "O"]},
-]
-DATA = Dataset.from_list(ROWS)
-
-
-def piece_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
-    """WordPiece as BERT has it: lower case, control characters dropped."""
-    vocabulary = {piece: place for place, piece in enumerate(PIECES)}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**names, "model_max_length": 64, **options})
-
-
-def encoder(**options: Any) -> BertForTokenClassification:
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = BertConfig(vocab_size=len(PIECES), max_position_embeddings=64, num_labels=len(NAMES), **size, **options)
-    return BertForTokenClassification(config).eval()
-
-
-def tagged(words: Any, tags: Any) -> Dataset:
-    return Dataset.from_dict({"words": words, "tags": tags})
-
-
-# -- labels ---------------------------------------------------------------------------------------------
+# -- labels -------------------------------------------------------------------------------------------
 
 
 def test_labels_stand_at_the_first_token_of_each_word() -> None:
@@ -139,7 +103,7 @@ def test_labels_do_not_depend_on_the_order_of_rows() -> None:
     assert label_set(["B-b", "I-a-c", "O", "B-a-c"]) == ("O", "B-a-c", "I-a-c", "B-b", "I-b")
 
 
-# -- schemes --------------------------------------------------------------------------------------------
+# -- schemes ------------------------------------------------------------------------------------------
 
 
 def test_iob1_is_found_and_learned_as_bio() -> None:
@@ -169,7 +133,7 @@ def test_tags_of_neither_scheme_are_refused_or_read_as_asked() -> None:
     assert labels[1] == [-100, 0, 1, 0, -100]
 
 
-# -- wrong input ----------------------------------------------------------------------------------------
+# -- wrong input --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,7 +211,7 @@ def test_slow_tokenizers_are_refused() -> None:
         TokenTagging(label_names=NAMES).encode(DATA, ByT5Tokenizer())
 
 
-# -- words without tokens, and words that are cut ---------------------------------------------------------
+# -- words without tokens, and words that are cut -----------------------------------------------------
 
 
 def test_words_of_dropped_characters_are_read_as_unknown(caplog: pytest.LogCaptureFixture) -> None:
@@ -299,7 +263,7 @@ def test_a_tokenizer_that_cuts_on_the_left_changes_nothing() -> None:
     assert list(task.encode(DATA, left)) == list(task.encode(DATA, piece_tokenizer()))
 
 
-# -- loss -----------------------------------------------------------------------------------------------
+# -- loss ---------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_that_of_first_tokens() -> None:
@@ -329,161 +293,7 @@ def test_ignored_tokens_have_no_gradient() -> None:
     assert int(ignored.sum()) == 16 - 8
 
 
-# -- spans ----------------------------------------------------------------------------------------------
-
-TAGS = st.lists(st.sampled_from(["O", "B-a", "I-a", "B-b-c", "I-b-c"]), max_size=12)
-
-
-def defined_spans(tags: list[str]) -> set[Span]:
-    """Every range of words that meets the definition of a span, found by trying all."""
-
-    def begins(place: int) -> bool:
-        letter, kind = tags[place][0], tags[place][2:]
-        continues = place > 0 and tags[place - 1] != "O" and tags[place - 1][2:] == kind
-        return letter == "B" or (letter == "I" and not continues)
-
-    return {
-        Span(tags[start][2:], start, end)
-        for start in range(len(tags))
-        for end in range(start + 1, len(tags) + 1)
-        if begins(start)
-        and all(tag == f"I-{tags[start][2:]}" for tag in tags[start + 1 : end])
-        and (end == len(tags) or tags[end] != f"I-{tags[start][2:]}")
-    }
-
-
-@settings(max_examples=300)
-@given(TAGS)
-def test_spans_are_those_of_the_definition(tags: list[str]) -> None:
-    spans = spans_of(tags)
-    assert set(spans) == defined_spans(tags)
-    assert spans == sorted(spans, key=lambda span: span.start)
-    written = to_bio(tags)
-    assert spans_of(written) == spans
-    assert stray_inside(written) is None
-    assert (stray_inside(tags) is None) == (written == tags)
-
-
-@given(TAGS)
-def test_iob1_needs_no_b_but_behind_a_span_of_the_type(tags: list[str]) -> None:
-    rewritten = list(tags)
-    for place in range(len(tags)):
-        if tags[place][0] == "B":
-            shorter = [*tags[:place], f"I{tags[place][1:]}", *tags[place + 1 :]]
-            if spans_of(shorter) == spans_of(tags):
-                assert needless_begin(tags) is not None
-                rewritten[place] = shorter[place]
-    assert needless_begin(rewritten) is None
-
-
-def test_tags_without_a_type_are_spans_of_one() -> None:
-    assert spans_of(["B", "I", "B", "O", "I"]) == [Span("_", 0, 2), Span("_", 2, 3), Span("_", 4, 5)]
-
-
-def logits_of(rows: list[list[str]], names: tuple[str, ...], width: int) -> torch.Tensor:
-    """Logits [B, width, C] whose likeliest tags are ``rows``."""
-    logits = torch.zeros(len(rows), width, len(names))
-    for number, row in enumerate(rows):
-        for place, tag in enumerate(row):
-            logits[number, place, names.index(tag)] = 5.0
-    return logits
-
-
-def measured(true: list[list[str]], predicted: list[list[str]], names: tuple[str, ...]) -> dict[str, float]:
-    task = TokenTagging(label_names=names, max_length=16)
-    labels = torch.full((len(true), 12), -100)
-    for number, row in enumerate(true):
-        labels[number, : len(row)] = torch.tensor([names.index(tag) for tag in row])
-    return task.metrics(task.reduce_logits(logits_of(predicted, names, 12), labels))
-
-
-def test_metrics_by_hand() -> None:
-    pytest.importorskip("seqeval")
-    true = [["B-per", "I-per", "O", "B-place"], ["O", "B-per", "O"]]
-    # right: the first person; wrong: a place that is too long, a type; missed: the last person
-    predicted = [["B-per", "I-per", "B-place", "I-place"], ["B-place", "O", "O"]]
-    scores = measured(true, predicted, NAMES)
-    assert scores["precision"] == pytest.approx(1 / 3)
-    assert scores["recall"] == pytest.approx(1 / 3)
-    assert scores["f1"] == pytest.approx(1 / 3)
-    assert scores["accuracy"] == pytest.approx(3 / 7)
-    right, wrong = np.log(np.exp(5) + 4) - 5, np.log(np.exp(5) + 4)
-    assert scores["loss"] == pytest.approx((3 * right + 4 * wrong) / 7)
-    assert set(scores) == {"loss", "f1", "precision", "recall", "accuracy"}
-    assert TokenTagging.metric in scores
-
-
-def test_no_predicted_span_gives_zero_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
-    pytest.importorskip("seqeval")
-    scores = measured([["B-per", "O"]], [["O", "O"]], NAMES)
-    assert (scores["f1"], scores["precision"], scores["recall"], scores["accuracy"]) == (0, 0, 0, 0.5)
-    assert measured([["O"]], [["O"]], NAMES)["f1"] == 0
-    assert not [item for item in recwarn if "seqeval" in str(item.filename)]
-
-
-ROW_PAIRS = st.lists(
-    st.integers(1, 10).flatmap(
-        lambda length: st.tuples(
-            *(st.lists(st.sampled_from(NAMES), min_size=length, max_size=length) for _ in range(2))
-        )
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-@settings(deadline=None, max_examples=200)
-@given(ROW_PAIRS)
-def test_f1_is_that_of_seqeval_and_of_the_definition(pairs: list[tuple[list[str], list[str]]]) -> None:
-    seqeval = pytest.importorskip("seqeval.metrics.sequence_labeling")
-    true, predicted = [list(row) for row, _ in pairs], [list(row) for _, row in pairs]
-    found = measured(true, predicted, NAMES)
-    sets = [
-        [{(row, *span) for row, tags in enumerate(side) for span in defined_spans(tags)}] for side in (true, predicted)
-    ]
-    (truth,), (guess,) = sets
-    right = len(truth & guess)
-    assert found["precision"] == pytest.approx(right / len(guess) if guess else 0)
-    assert found["recall"] == pytest.approx(right / len(truth) if truth else 0)
-    assert found["f1"] == pytest.approx(2 * right / (len(truth) + len(guess)) if right else 0)
-    for tags in (*true, *predicted):
-        entities = seqeval.get_entities(tags)
-        assert {Span(kind, start, last + 1) for kind, start, last in entities} == set(spans_of(tags))
-
-
-def test_batches_reduce_to_one_shape_and_only_words_count() -> None:
-    task = TokenTagging(label_names=NAMES)
-    labels = torch.tensor([[-100, 1, -100, 0], [-100, -100, -100, 2]])
-    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    reduced = task.reduce_logits((logits, None), labels)
-    assert reduced.shape == (2, 512, 3)
-    assert reduced[0, :2, 0].tolist() == [1, 0]
-    assert reduced[0, :2, 1].tolist() == logits[0, [1, 3]].argmax(-1).tolist()
-    expected = -logits[0, [1, 3]].log_softmax(-1)[[0, 1], [1, 0]]
-    torch.testing.assert_close(reduced[0, :2, 2], expected)
-    assert (reduced[0, 2:] == -100).all()
-    assert (reduced[1, 1:] == -100).all()
-    pad = torch.nn.functional.pad
-    for side in ((2, 0), (0, 2)):
-        assert task.reduce_logits(pad(logits, (0, 0, *side)), pad(labels, side, value=-100)).equal(reduced)
-
-
-def test_outputs_that_do_not_fit_are_refused() -> None:
-    task = TokenTagging(label_names=NAMES, max_length=2)
-    with pytest.raises(TrainingError, match=r"shape \[1, 3, 5\] do not belong to labels of shape \[1, 2\]"):
-        task.reduce_logits(torch.zeros(1, 3, 5), torch.zeros(1, 2, dtype=torch.long))
-    with pytest.raises(TrainingError, match="more than the 2 words"):
-        task.reduce_logits(torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.long))
-    pytest.importorskip("seqeval")
-    with pytest.raises(DataError, match=r"where \[rows, words, 3\] is expected"):
-        task.metrics(np.zeros((2, 5)))
-    with pytest.raises(DataError, match="No word has a tag"):
-        task.metrics(np.full((2, 5, 3), -100.0))
-    with pytest.raises(TrainingError, match="Lower the learning rate"):
-        task.metrics(task.reduce_logits(torch.full((1, 1, 5), torch.nan), torch.zeros(1, 1, dtype=torch.long)))
-
-
-# -- predictions ----------------------------------------------------------------------------------------
+# -- predictions --------------------------------------------------------------------------------------
 
 
 class Left(TokenTagging):
@@ -557,7 +367,7 @@ def test_measuring_and_predicting_agree_and_do_not_depend_on_batches() -> None:
     assert whole["accuracy"] == pytest.approx(sum(one == other for one, other in pairs) / len(pairs))
 
 
-# -- model and description ------------------------------------------------------------------------------
+# -- model and description ----------------------------------------------------------------------------
 
 
 def test_loads_a_head_for_the_tags_which_is_trained(tmp_path: Path) -> None:
@@ -587,81 +397,3 @@ def test_description_rebuilds_the_task() -> None:
     assert (description["metric"], description["greater_is_better"]) == ("f1", True)
     assert "first token of each word" in description["loss"]
     assert description["encoding"]["train"]["words"] == 8
-
-
-# -- files ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ending", [".conll", ".bio", ".iob2"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Anna\tB-per\nmet\tO\nBob\tB-per\n\n\nx\tO\n",
-        "Anna B-per\nmet O\nBob B-per\n \nx O",
-        "\r\nAnna NNP B-per\r\nmet VB O\r\nBob  NNP\tB-per\r\n\r\nx NN O\r\n".replace("\t", " "),
-        "-DOCSTART- -X- O\n\nAnna NNP B-per\nmet VB O\nBob NNP B-per\n\n-DOCSTART- -X- O\n\nx NN O\n",
-    ],
-)
-def test_reads_a_word_a_line(text: str, ending: str, tmp_path: Path) -> None:
-    file = tmp_path / f"data{ending}"
-    file.write_bytes(text.encode())
-    data = read_dataset(file)
-    assert data.column_names == ["words", "tags"]
-    assert list(data) == [ROWS[0], {"words": ["x"], "tags": ["O"]}]
-
-
-def test_words_of_files_may_hold_blanks_and_stand_alone(tmp_path: Path) -> None:
-    file = tmp_path / "data.conll"
-    file.write_text("New York\tB-place\na\u2028b\tO\n", encoding="utf-8")
-    assert read_dataset(file)[0] == {"words": ["New York", "a\u2028b"], "tags": ["B-place", "O"]}
-    file.write_text("Anna\nmet\n\nBob\n", encoding="utf-8")
-    assert list(read_dataset(file)) == [{"words": ["Anna", "met"]}, {"words": ["Bob"]}]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("x O\ny\n", r"data.conll, line 2: 1 columns where earlier lines have 2.*separated by blanks"),
-        ("# a comment\nx O\n", "line 2: 2 columns where earlier lines have 3.*remove comments"),
-        ("x\tO\ny O\n", "line 2: 1 columns where earlier lines have 2.*separated by tabs"),
-        ("x\tO\n\tO\n", "line 2: the word .first column. is empty"),
-        ("x\tO\ny\t\n", "line 2: the tag .last column. is empty"),
-        ("-DOCSTART- O\n\n", "has no sentence"),
-        ("\n", "is empty"),
-    ],
-)
-def test_broken_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "data.conll").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_dataset(tmp_path / "data.conll")
-
-
-def test_real_tweets_are_read_whole() -> None:
-    folder = shared_data("wnut17")
-    train, test = read_dataset(folder / "train.jsonl"), read_dataset(folder / "test.jsonl")
-    task = TokenTagging.from_data(train)
-    assert task.scheme == "BIO"
-    types = ("corporation", "creative-work", "group", "location", "person", "product")
-    assert task.label_names == ("O", *(f"{letter}-{kind}" for kind in types for letter in "BI"))
-    tokenizer = word_tokenizer(model_max_length=512)
-    labels = task.encode(test, tokenizer)["labels"]
-    read = [[task.label_names[label] for label in row if label >= 0] for row in labels]
-    assert read == [row["tags"].split(" ") for row in test]
-    assert sum(len(spans_of(row)) for row in read) == sum(row["tags"].count("B-") for row in test) > 1000
-    seqeval = pytest.importorskip("seqeval.metrics.sequence_labeling")
-    assert len(seqeval.get_entities(read)) == sum(len(spans_of(row)) for row in read)
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        (["a", 1], "row 2, column 'words': the list holds 1, int where earlier items are str"),
-        ([["a"], "b"], r"row 2, column 'words': the list holds \['a'\], list where earlier items are str"),
-        ("a b", "row 2, column 'words': 'a b' is str where earlier rows have list"),
-    ],
-)
-def test_lists_of_mixed_items_are_refused(second: Any, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "data.jsonl"
-    file.write_text("".join(json.dumps({"words": words}) + "\n" for words in (["a", None, "b"], second)))
-    with pytest.raises(DataError, match=message):
-        read_dataset(file)
