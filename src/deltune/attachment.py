@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy
 from deltune.errors import MethodError, StateError, TargetError
 from deltune.methods.base import Method
-from deltune.sites import Form, ParameterSite, Selection, Site
+from deltune.sites import EntriesSite, Form, ParameterSite, Selection, Site
 
 __all__ = ["BANK", "Attachment", "Bank"]
 
@@ -98,8 +98,12 @@ class Attachment:
 
     @property
     def selected_names(self) -> list[str]:
-        """Parameters of the model itself, beside the task head, of which this attachment has its own values."""
-        return [name for name, _ in self.selection if name not in self.head_names]
+        """Parameters of the model itself, beside the task head, of which this attachment has its own values.
+
+        All of them, or of some entries.
+        """
+        whole = [name for name, _ in self.selection if name not in self.head_names]
+        return [*whole, *(name for _, site, _ in self.sites if isinstance(site, EntriesSite) for name in site.names)]
 
     def set_rank(self, rank: int) -> None:
         """Cut every form to ``rank``; see :meth:`deltune.Tuned.set_rank`.

@@ -42,7 +42,10 @@ def fold(attachments: Iterable[Attachment], modules: Mapping[str, nn.Module]) ->
                 raise StateError(
                     f"Several active attachments change {name}; merge them one after the other with reversible=False."
                 )
-            if name not in attachment.selection.values and len(_places(name, modules)) > 1:
+            if (
+                name not in (*attachment.selection.values, *attachment.selected_names)
+                and len(_places(name, modules)) > 1
+            ):
                 raise StateError(f"{name} is tied to another parameter; merging would change that one too.")
             values[name] = value
     originals: list[tuple[nn.Module, str, nn.Parameter | None]] = []

@@ -61,11 +61,18 @@ def check_together(
                 )
             selected[parameter] = name
         unscalable = next((key for key, site, _ in attachment.sites if not taps[site.identity].weighted), "")
-        own = attachment.selected_names
+        own = [parameter for parameter, _ in attachment.selection if parameter not in attachment.head_names]
         if weight != 1.0 and (unscalable or own):
             raise StateError(
                 f"The change of {name!r} at {unscalable or own[0]} cannot be scaled; its weight must be 1."
             )
+    for name in names:
+        for parameter in attachments[name].selected_names:
+            if selected.get(parameter, name) != name:
+                raise StateError(
+                    f"{selected[parameter]!r} has its own value of {parameter}, and {name!r} of entries of it, so they "
+                    "cannot be active together."
+                )
 
 
 def check_replaced(attachments: Iterable[Attachment]) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import deltune
 from deltune.errors import MethodError
-from deltune.methods.additive.fisher_information import fisher_information
 from deltune.methods.additive.side_network import SideNetwork
+from deltune.methods.fisher_information import fisher_information
 from tests.methods.common import attached, build
 from tests.methods.test_ladder_side_tuning import SUPPORTED, networks_of
 from tests.zoo import ARCHITECTURES

@@ -13,7 +13,7 @@ from deltune.attachment import BANK, Attachment
 from deltune.backbone import Anatomy, Stack
 from deltune.errors import StateError
 from deltune.frozen_states.keys import bytes_of
-from deltune.sites import Control, Insertion, StatesForm
+from deltune.sites import Control, EntriesSite, Insertion, StatesForm
 
 __all__ = ["Trunk", "digest", "parameters_below", "refuse_dropout"]
 
@@ -76,7 +76,7 @@ def _places(anatomy: Anatomy, stack: Stack, attachment: Attachment) -> Iterator[
     for key, site, form in attachment.sites:
         if site.insertion is Insertion.REPLACE:
             yield key, len(stack), form
-        else:
+        elif not isinstance(site, EntriesSite):  # its parameters are among the selected names
             yield key, _layer_of(anatomy, stack, site.part.module), form
     for name in attachment.selected_names:
         yield name, _layer_of(anatomy, stack, name), None

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from deltune.backbone import Anatomy, Targets, anatomy_of
 from deltune.errors import MethodError, TargetError
-from deltune.methods.additive.fisher_information import fisher_information
 from deltune.methods.additive.narrow_layers import narrow_configuration, narrow_layer, narrow_norm, wide_layers
 from deltune.methods.additive.side_network import SideNetwork
 from deltune.methods.additive.structural_pruning import Importance, WideLayer, cut, magnitude, residual_features
 from deltune.methods.base import Method, Paper, Placement
+from deltune.methods.fisher_information import fisher_information
 from deltune.methods.options import option
 from deltune.methods.registry import register
 from deltune.quantization import is_quantized

@@ -94,4 +94,4 @@ class PTuningV2(PrefixMethod):
         2022,
         "2110.07602",
     )
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2

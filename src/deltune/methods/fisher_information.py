@@ -23,6 +23,9 @@ def fisher_information(
     parameters: Mapping[str, nn.Parameter],
     batches: Iterable[Mapping[str, Any]],
     limit: int,
+    *,
+    power: str = "square",
+    labels: str = "given",
 ) -> dict[str, Tensor]:
     """The information of each parameter, in float32 at least; the model is in evaluation mode meanwhile.
 
@@ -33,6 +36,9 @@ def fisher_information(
         parameters: of which; by name. They may be frozen.
         batches: arguments of the model, with labels.
         limit: number of examples to use at most.
+        power: what of the gradients is summed: ``square``, or ``absolute`` for their absolute values.
+        labels: ``given``; or ``expected`` for a sum over all classes, each by its probability under the model, of a
+            model that classifies whole texts.
 
     Raises:
         MethodError: if there is no example, or no labels with them.
@@ -50,12 +56,11 @@ def fisher_information(
             if count == limit:
                 break
             count += 1
-            with torch.enable_grad():
-                loss = model(**example)["loss"]
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    total[name] += gradient.to(wide[name]).square()
+            for share, gradients in _gradients(model, example, list(parameters.values()), labels):
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        own = gradient.to(wide[name])
+                        total[name] += share * (own.square() if power == "square" else own.abs())
     finally:
         for value in frozen:
             value.requires_grad_(False)
@@ -64,6 +69,30 @@ def fisher_information(
     if not count:
         raise MethodError("The Fisher information needs examples, but there was none in the batches given to prepare.")
     return total
+
+
+def _gradients(
+    model: nn.Module, example: Mapping[str, Any], parameters: list[nn.Parameter], labels: str
+) -> Iterator[tuple[float, tuple[Tensor | None, ...]]]:
+    """Gradients of one example, with the share that they count by.
+
+    Raises:
+        MethodError: if the model does not classify whole texts, and all classes are asked for.
+    """
+    with torch.enable_grad():
+        if labels == "given":
+            yield 1.0, torch.autograd.grad(model(**example)["loss"], parameters, allow_unused=True)
+            return
+        logits = model(**{name: value for name, value in example.items() if name != "labels"}).get("logits")
+        if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
+            raise MethodError(
+                "The expectation over all labels needs a model that classifies whole texts. Use labels=given."
+            )
+        log_probabilities = logits[0].float().log_softmax(-1)
+        last = len(log_probabilities) - 1
+        for label, value in enumerate(log_probabilities):
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=label < last)
+            yield float(value.detach().exp()), gradients
 
 
 def _examples(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
