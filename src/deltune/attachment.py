@@ -12,11 +12,9 @@ from deltune.backbone import Anatomy
 from deltune.errors import MethodError, StateError, TargetError
 from deltune.methods.base import Method
 from deltune.sites import EntriesSite, Form, ParameterSite, Selection, Site
+from deltune.sites.base import BANK
 
 __all__ = ["BANK", "Attachment", "Bank"]
-
-#: Name of the submodule that holds the forms, in each layer that has some and in the model itself.
-BANK = "deltune"
 
 
 class Bank(nn.Module):
@@ -103,7 +101,8 @@ class Attachment:
         All of them, or of some entries.
         """
         whole = [name for name, _ in self.selection if name not in self.head_names]
-        return [*whole, *(name for _, site, _ in self.sites if isinstance(site, EntriesSite) for name in site.names)]
+        partly = (site.selected(form) for _, site, form in self.sites if isinstance(site, EntriesSite))  # type: ignore[arg-type]
+        return [*whole, *(name for names in partly for name in names)]
 
     def set_rank(self, rank: int) -> None:
         """Cut every form to ``rank``; see :meth:`deltune.Tuned.set_rank`.

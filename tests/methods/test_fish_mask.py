@@ -131,7 +131,8 @@ def test_4_selection_is_that_of_sorting_everything(sizes: list[int], seed: int, 
     scores = {str(number): torch.rand(size, generator=generator) for number, size in enumerate(sizes)}
     count = max(1, int(share * sum(sizes)))
     flat = torch.cat(list(scores.values()))
-    assert torch.equal(_greatest(scores, count), flat.argsort(descending=True)[:count].sort().values)
+    starts = {str(number): sum(sizes[:number]) for number in range(len(sizes))}
+    assert torch.equal(_greatest(scores, count, starts), flat.argsort(descending=True)[:count].sort().values)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -304,6 +305,41 @@ def test_changes_of_several_are_added_and_scaled() -> None:
             torch.testing.assert_close(value, expected)
 
 
+def test_attachments_with_other_targets_share_the_place() -> None:
+    tuned, batch, bare = masked()
+    steps(tuned, batch)
+    alone = output(tuned.model, batch)
+    tuned.attach("fish-mask(ratio=0.05, targets='ffn.up ffn.down')", "upper", train_head=False)
+    tuned.prepare([batch])
+    with torch.no_grad():
+        entries(tuned, "upper")[1].values.add_(0.2)
+    tuned.activate("default", "upper")
+    both = output(tuned.model, batch)
+    masks = {name: selected(tuned, name) for name in ("default", "upper")}
+    for name, value in bare.named_parameters():
+        if name in masks["upper"]:
+            now, own = tuned.model.get_parameter(name), masks["upper"][name] & ~masks["default"][name]
+            torch.testing.assert_close(now[own], value[own] + 0.2)
+            untouched = ~masks["upper"][name] & ~masks["default"][name]
+            assert torch.equal(now[untouched], value[untouched])
+    tuned.activate("default")
+    assert torch.equal(output(tuned.model, batch), alone)
+    assert not torch.equal(both, alone)
+    with tuned.disabled():
+        assert all(torch.equal(tuned.model.get_parameter(name), value) for name, value in bare.named_parameters())
+
+
+def test_layers_below_the_entries_run_once(tmp_path: Path) -> None:
+    model = build("bert", "classification", num_hidden_layers=3)
+    tuned = deltune.attach(model, "fish-mask(ratio=0.05, targets='attention.* layers=2:')")
+    batch = ARCHITECTURES["bert"].batch(head="classification")
+    with torch.no_grad(), tuned.frozen_states(tmp_path) as states:
+        assert states.trunk.depth == 2
+        found = [model(**batch).logits for _ in range(3)]
+        assert states.reused == 3
+    torch.testing.assert_close(found[2], found[0])
+
+
 def test_copies_train_by_themselves() -> None:
     tuned, batch, _ = masked()
     for copied in (copy.deepcopy(tuned.model), pickle.loads(pickle.dumps(tuned.model))):
@@ -369,7 +405,8 @@ def test_a_stopped_run_ends_in_the_same_bits(stop: int, tmp_path: Path) -> None:
 
 def test_entries_of_some_modules_alone() -> None:
     tuned, batch, bare = masked(method="fish-mask(ratio=0.1, targets='attention.query attention.value')")
-    assert all(name.split(".")[-2] in ("query", "value") for name in selected(tuned))
+    assert all(name.split(".")[-2] in ("query", "value") for name, mask in selected(tuned).items() if mask.any())
+    assert all(name.split(".")[-2] in ("query", "value") for name in tuned.attachments["default"].selected_names)
     steps(tuned, batch)
     for name, value in bare.named_parameters():
         if not name.startswith("classifier") and "query" not in name and "value" not in name:
@@ -391,9 +428,9 @@ def test_what_cannot_be_is_refused() -> None:
         tuned.route(["default"])
     with pytest.raises(StateError, match="cannot be dropped"):
         tuned.drop_layers(1)
-    tuned.attach("bitfit", "biases", train_head=False)
-    for names in (("biases", "default"), ("default", "biases")):
-        with pytest.raises(StateError, match=r"'biases' has its own value of .*, and 'default' of entries of it"):
+    tuned.attach("freeze(layers=2)", "layers", train_head=False)
+    for names in (("layers", "default"), ("default", "layers")):
+        with pytest.raises(StateError, match=r"'layers' has its own value of .*, and 'default' of entries of it"):
             tuned.activate(*names)
     language = deltune.attach(build("gpt2", "language"), "fish-mask(labels=expected)")
     batch = ARCHITECTURES["gpt2"].batch(head="language")

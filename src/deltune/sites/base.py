@@ -22,7 +22,10 @@ from deltune.errors import StateError
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Control", "Form", "Insertion", "Site", "Tap"]
+__all__ = ["BANK", "Control", "Form", "Insertion", "Site", "Tap"]
+
+#: Name of the submodule that holds the forms, in each layer that has some and in the model itself.
+BANK = "deltune"
 
 
 class Insertion(str, Enum):

@@ -10,6 +10,7 @@ than one of them is held at a time, and the optimizer keeps state for k numbers,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,19 +21,20 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deltune.backbone import Anatomy, Part, Targets
 from deltune.errors import TargetError
-from deltune.sites.base import Control, Form, Insertion, Site, Tap
+from deltune.sites.base import BANK, Control, Form, Insertion, Site, Tap
 from deltune.sites.parameter import parameter_modules
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["EntriesForm", "EntriesSite", "entries_site"]
+__all__ = ["EntriesForm", "EntriesSite", "entries_below", "entries_site"]
 
 
 class EntriesForm(Form):
     """Values of k selected entries.
 
     Args:
+        site: whose entries.
         indices: of the entries, (k,), each in 0 to N - 1, ascending: positions in the site's parameters, flattened and
             put one behind the other.
         values: (k,), what stands there at the start.
@@ -40,8 +42,9 @@ class EntriesForm(Form):
 
     saved_buffers = ("indices",)
 
-    def __init__(self, indices: Tensor, values: Tensor) -> None:
+    def __init__(self, site: EntriesSite, indices: Tensor, values: Tensor) -> None:
         super().__init__()
+        self.site = site
         self.values = nn.Parameter(values.detach().clone())
         self.indices: Tensor
         self.register_buffer("indices", indices.clone(), persistent=True)
@@ -56,7 +59,7 @@ class EntriesForm(Form):
 
 @dataclass(frozen=True)
 class EntriesSite(Site):
-    """The entries of some of a model's parameters.
+    """The entries of a model's parameters.
 
     Attributes:
         names: full names of the parameters, each tied one once.
@@ -82,6 +85,15 @@ class EntriesSite(Site):
     def tap(self, control: Control) -> EntriesTap:
         """A tap on the parameters."""
         return EntriesTap(self, control)
+
+    @property
+    def starts(self) -> dict[str, int]:
+        """Index of the first entry of each parameter."""
+        return dict(zip(self.names, itertools.accumulate(self.sizes, initial=0), strict=False))
+
+    def selected(self, form: EntriesForm) -> tuple[str, ...]:
+        """Names of the parameters of which the form has entries; all where it has no values yet (meta)."""
+        return self.names if form.indices.is_meta else tuple(name for name, _, _ in self.split(form.indices))
 
     def split(self, indices: Tensor) -> Iterator[tuple[str, slice, Tensor]]:
         """Of each parameter with selected entries: name, where they are in ``indices``, and their places in it."""
@@ -354,28 +366,20 @@ def _parameter(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
     return parameter
 
 
-def entries_site(model: nn.Module, anatomy: Anatomy, targets: Targets | None = None) -> EntriesSite:
-    """The entries of the parameters of some modules.
-
-    Args:
-        model: the model.
-        anatomy: its parts.
-        targets: which modules; by default all of the model's but its task head.
+def entries_site(model: nn.Module, anatomy: Anatomy) -> EntriesSite:
+    """The entries of all of a model's parameters but its task head's; the same place for every attachment.
 
     Raises:
-        TargetError: if a target selects nothing, or nothing that can be trained.
+        TargetError: if there is none that can be trained.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    chosen: Iterable[str] = modules if targets is None else parameter_modules(model, anatomy, targets)
-    prefixes = tuple(f"{name}." if name else "" for name in chosen)
-    head = tuple(f"{name}." for name in anatomy.head)
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.dtype.is_floating_point and name.startswith(prefixes) and not name.startswith(head or ("\0",)):
-            found.setdefault(id(parameter), (name, parameter))
-    if not found:
-        raise TargetError(f"{targets or 'The model'} has no parameters that can be trained: are they all quantised?")
-    named = list(found.values())
+    head = tuple(f"{name}." for name in anatomy.head) or ("\0",)
+    named = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.dtype.is_floating_point and not name.startswith(head) and f".{BANK}." not in f".{name}"
+    ]
+    if not named:
+        raise TargetError("The model has no parameters that can be trained: are they all quantised?")
     dtype = named[0][1].dtype
     for _, parameter in named:
         dtype = torch.promote_types(dtype, parameter.dtype)
@@ -387,3 +391,19 @@ def entries_site(model: nn.Module, anatomy: Anatomy, targets: Targets | None = N
         dtype,
         named[0][1].device,
     )
+
+
+def entries_below(model: nn.Module, anatomy: Anatomy, site: EntriesSite, targets: Targets | None) -> tuple[str, ...]:
+    """Which of the site's parameters belong to the modules that ``targets`` selects; all for None.
+
+    Raises:
+        TargetError: if a target selects nothing.
+    """
+    if targets is None:
+        return site.names
+    chosen = {
+        id(parameter)
+        for name in parameter_modules(model, anatomy, targets)
+        for parameter in model.get_submodule(name).parameters()
+    }
+    return tuple(name for name in site.names if id(model.get_parameter(name)) in chosen)

@@ -15,7 +15,7 @@ from deltune.methods.base import Method, Paper, Placement
 from deltune.methods.fisher_information import fisher_information
 from deltune.methods.options import option
 from deltune.methods.registry import register
-from deltune.sites import EntriesForm, EntriesSite, Form, Insertion, entries_site
+from deltune.sites import EntriesForm, EntriesSite, Form, Insertion, entries_below, entries_site
 
 __all__ = ["FishMask"]
 
@@ -100,12 +100,11 @@ class FishMask(Method):
             MethodError: if the head alone is more than ``ratio`` allows, or the chosen modules have fewer entries.
             TargetError: if a target selects nothing.
         """
-        site = entries_site(model, anatomy, self.targets)
+        site = entries_site(model, anatomy)
         parameters = _parameters(model, site)
-        indices = _greatest(
-            {name: value.detach().abs() for name, value in parameters.items()}, self._count(model, anatomy)
-        )
-        yield Placement(site, EntriesForm(indices, site.gather(parameters, indices)))
+        weights = {name: parameters[name].detach().abs() for name in entries_below(model, anatomy, site, self.targets)}
+        indices = _greatest(weights, self._count(model, anatomy), site.starts)
+        yield Placement(site, EntriesForm(site, indices, site.gather(parameters, indices)))
 
     def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
         """Select the entries with the greatest Fisher information.
@@ -116,14 +115,20 @@ class FishMask(Method):
         Raises:
             MethodError: if the batches have no labels.
         """
-        site = entries_site(model, anatomy_of(model), self.targets)
-        parameters = _parameters(model, site)
-        information = fisher_information(
-            model, parameters, batches, self.examples, power=self.power, labels=self.labels
-        )
         for form in forms.values():
             if isinstance(form, EntriesForm):
-                indices = _greatest(information, len(form.indices))
+                site = form.site
+                parameters = _parameters(model, site)
+                names = entries_below(model, anatomy_of(model), site, self.targets)
+                information = fisher_information(
+                    model,
+                    {name: parameters[name] for name in names},
+                    batches,
+                    self.examples,
+                    power=self.power,
+                    labels=self.labels,
+                )
+                indices = _greatest(information, len(form.indices), site.starts)
                 form.select(indices, site.gather(parameters, indices))
 
     def _count(self, model: nn.Module, anatomy: Anatomy) -> int:
@@ -142,8 +147,13 @@ def _parameters(model: nn.Module, site: EntriesSite) -> dict[str, nn.Parameter]:
     return {name: model.get_parameter(name) for name in site.names}
 
 
-def _greatest(scores: Mapping[str, Tensor], count: int) -> Tensor:
+def _greatest(scores: Mapping[str, Tensor], count: int, starts: Mapping[str, int]) -> Tensor:
     """Positions of the ``count`` greatest scores of all parameters together, ascending.
+
+    Args:
+        scores: by parameter.
+        count: how many.
+        starts: position of the first entry of each parameter.
 
     Raises:
         MethodError: if there are fewer.
@@ -152,11 +162,9 @@ def _greatest(scores: Mapping[str, Tensor], count: int) -> Tensor:
     if count > total:
         raise MethodError(f"{count:,} entries cannot be selected of {total:,}. Take a smaller ratio, or more targets.")
     values, places = [], []
-    start = 0
-    for value in scores.values():
+    for name, value in scores.items():
         best = value.reshape(-1).float().topk(min(count, value.numel()))
         values.append(best.values)
-        places.append(best.indices + start)
-        start += value.numel()
+        places.append(best.indices + starts[name])
     chosen = torch.cat(values).topk(count).indices
     return torch.cat(places)[chosen].sort().values
