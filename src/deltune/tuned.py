@@ -89,7 +89,9 @@ class Tuned(Switchboard):
         for name in self.control.live:
             attachment = self.attachments[name]
             attachment.method.prepare(self.model, attachment.forms, batches)
-        self._set_live(dict(self.control.live), self.control.route)  # what trains may be something else now
+        if self.control.live:  # what trains may be something else now
+            self._installation.take_off()
+            self._installation.put_on()
 
     def penalty(self) -> Tensor | None:
         """Additional loss of the live methods, a scalar; None if there is none.

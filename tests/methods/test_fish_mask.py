@@ -207,6 +207,17 @@ def test_8_preparing_changes_nothing_and_leaves_no_gradient() -> None:
     assert not tuned.model.training
 
 
+def test_preparing_needs_no_originals() -> None:
+    model = build("bert", "classification")
+    batch = ARCHITECTURES["bert"].batch(head="classification")
+    batch["labels"] = ARCHITECTURES["bert"].labels("classification", batch)
+    for method in (METHOD, "full", "lora"):
+        tuned = deltune.attach(copy.deepcopy(model), method, reversible=False)
+        tuned.prepare([batch])
+        tuned.model(**batch).loss.backward()
+        assert all(value.grad is not None for value in tuned.trainable_parameters() if value.dim() == 2)
+
+
 def test_9_more_of_the_same_examples_choose_the_same() -> None:
     tuned, batch, _ = masked()
     before = selected(tuned)
