@@ -30,7 +30,7 @@ BERT = ARCHITECTURES["bert"]
 def test_defaults_are_those_of_deep_prompts() -> None:
     method = deltune.PTuningV2()
     assert (method.length, method.reparameterize, method.width, method.dropout) == (20, False, 512, 0.1)
-    assert (method.learning_rate, method.weight_decay) == (5e-3, 0.0)
+    assert (method.learning_rate, method.weight_decay) == (1e-2, 0.0)
     tuned, _ = attached("bert", "p-tuning-v2")
     forms = tuned.attachments["default"].forms
     assert {(type(form), form.keys.shape, form.dropout) for form in forms.values()} == {(Prefix, (4, 20, 8), 0.1)}
