@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import deltune
 from deltune.errors import MethodError, StateError, TargetError
@@ -363,6 +366,19 @@ def test_copies_train_by_themselves() -> None:
         )
         for name, value in tuned.model.named_parameters():
             assert torch.equal(value, before[name])
+
+
+def test_a_model_that_nobody_has_any_more_is_freed() -> None:
+    gc.collect()
+    hooks = len(_global_optimizer_post_hooks)
+    tuned, batch, _ = masked()
+    steps(tuned, batch)
+    assert len(_global_optimizer_post_hooks) == hooks + 1
+    alive = weakref.ref(tuned.model)
+    del tuned
+    gc.collect()
+    assert alive() is None
+    assert len(_global_optimizer_post_hooks) == hooks
 
 
 def test_a_call_of_a_part_of_the_model_sees_changed_values() -> None:

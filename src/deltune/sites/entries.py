@@ -11,6 +11,7 @@ than one of them is held at a time, and the optimizer keeps state for k numbers,
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -184,7 +185,8 @@ class EntriesTap(Tap):
         """
         if self._step is None and self.installed:
             # whoever reads the parameters behind a step finds them as they are then
-            self._step = register_optimizer_step_post_hook(_AfterStep(self))
+            self._step = register_optimizer_step_post_hook(_AfterStep(weakref.ref(self)))
+            weakref.finalize(self, self._step.remove)
         if any(form.indices.is_meta for form, _ in self._live_forms()):
             return  # a model without values
         forms = list(self._live_forms())
@@ -299,14 +301,20 @@ class _Refresh:
 
 @dataclass
 class _AfterStep:
-    """After a step of an optimizer, which may have changed the values."""
+    """After a step of any optimizer, which may have changed the values.
 
-    tap: EntriesTap
+    PyTorch holds this for all optimizers; it must not keep a model alive that nobody else has any more.
+    """
+
+    tap: weakref.ref[EntriesTap]
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        ours = {id(form.values) for form, _ in self.tap.live() if isinstance(form, EntriesForm)}
+        tap = self.tap()
+        if tap is None:
+            return
+        ours = {id(form.values) for form, _ in tap.live() if isinstance(form, EntriesForm)}
         if any(id(value) in ours for group in optimizer.param_groups for value in group["params"]):
-            self.tap.refresh(stepped=True)
+            tap.refresh(stepped=True)
 
 
 @dataclass
@@ -336,26 +344,28 @@ def _refresh(tap: EntriesTap) -> None:
 
 @dataclass(eq=False)
 class _Gather:
-    """Behind a parameter's gradient."""
+    """Behind a parameter's gradient; Python could not free a parameter that held its tap, which holds its module."""
 
-    tap: EntriesTap
+    tap: weakref.ref[EntriesTap]
     name: str
 
     def __call__(self, parameter: Tensor) -> None:
-        self.tap.gradient(self.name, parameter)
+        tap = self.tap()
+        if tap is not None:
+            tap.gradient(self.name, parameter)
 
 
 def _hook(parameter: nn.Parameter, tap: EntriesTap, name: str) -> None:
     """Gather the parameter's gradient, unless it is gathered already; a copy of a model has lost its hooks."""
     present = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    if not any(isinstance(hook, _Gather) and hook.tap is tap for hook in present.values()):
+    if not any(isinstance(hook, _Gather) and hook.tap() is tap for hook in present.values()):
         register: Any = parameter.register_post_accumulate_grad_hook
-        register(_Gather(tap, name))
+        register(_Gather(weakref.ref(tap), name))
 
 
 def _unhook(parameter: nn.Parameter, tap: EntriesTap) -> None:
     present = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    for key in [key for key, hook in present.items() if isinstance(hook, _Gather) and hook.tap is tap]:
+    for key in [key for key, hook in present.items() if isinstance(hook, _Gather) and hook.tap() is tap]:
         del present[key]
 
 
