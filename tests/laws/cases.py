@@ -29,7 +29,7 @@ METHODS: dict[str, str] = {
     "pfeiffer-adapter": "pfeiffer-adapter(width=4, activation=gelu, standard_deviation=0.3)",
     "residual-adapter": "residual-adapter(width=4, standard_deviation=0.3)",
     "parallel-adapter": "parallel-adapter(width=4, dropout=0)",
-    "parallel-adapter-heads": "parallel-adapter(width=4, dropout=0, targets=attention)",
+    "parallel-adapter-heads": "parallel-adapter(width=4, dropout=0, targets=attention, reads=stream)",
     "adapter-fusion": "adapter-fusion(adapters='pfeiffer-adapter(width=4), pfeiffer-adapter(width=3)')",
     "prefix-tuning": "prefix-tuning(length=3, width=6)",
     "prefix-tuning-shifted": "prefix-tuning(length=3, reparameterize=false, shift_positions=true)",

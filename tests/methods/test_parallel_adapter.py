@@ -34,7 +34,7 @@ def branch(form: Bottleneck, x: Tensor, scale: float = 4.0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", ["", ", targets='attention,ffn'", ", scale=learned, reads=sublayer"])
+@pytest.mark.parametrize("options", ["", ", targets='attention,ffn'", ", scale=learned, reads=stream"])
 @pytest.mark.parametrize("name", POST + PRE)
 def test_invariant_01_zero_weights_upwards_are_the_frozen_model(name: str, options: str, dtype: torch.dtype) -> None:
     tuned, batch = attached(name, f"parallel-adapter(width=4{options})", dtype=dtype)
@@ -145,7 +145,7 @@ def test_invariant_03_the_stream_is_read_in_every_architecture(name: str, role: 
         case.output(model, case.batch())
         model = case.build()
         torch.manual_seed(1)
-        options = f", attention_changes=result, targets='{role} layers=-1 stacks={stack}'"
+        options = f", reads=stream, attention_changes=result, targets='{role} layers=-1 stacks={stack}'"
         ((_, form),) = forms_of(deltune.attach(model, SMALL.format(options), train_head=False)).items()
         model.get_submodule(part.result or part.module).register_forward_hook(changed.after)
         case.output(model, case.batch())
@@ -241,7 +241,7 @@ def test_invariant_08_evaluation_is_deterministic_with_dropout() -> None:
         assert torch.equal(output(tuned.model, batch), output(tuned.model, batch))
 
 
-@pytest.mark.parametrize("options", ["", ", layer_norm=true, scale=learned, targets='attention,ffn'"])
+@pytest.mark.parametrize("options", ["", ", layer_norm=true, reads=stream, scale=learned, targets='attention,ffn'"])
 @pytest.mark.parametrize("name", POST + PRE)
 def test_invariant_09_every_trained_value_has_a_gradient(name: str, options: str) -> None:
     tuned, batch = attached(name, SMALL.format(options))
@@ -262,10 +262,10 @@ def test_invariant_10_the_frozen_model_stays_and_comes_back(name: str) -> None:
         assert all(torch.equal(value, before[key]) for key, value in tuned.model.state_dict().items())
 
 
-def test_defaults_are_those_of_the_authors() -> None:
+def test_defaults_are_those_of_the_authors_but_for_what_is_read() -> None:
     method = deltune.ParallelAdapter()
     assert (method.width, method.scale, method.activation, method.dropout) == (512, 4.0, "relu", 0.1)
-    assert (method.reads, method.attention_changes, str(method.targets)) == ("stream", "heads", "ffn")
+    assert (method.reads, method.attention_changes, str(method.targets)) == ("sublayer", "heads", "ffn")
     assert method.unchanged_at_start
     assert not method.layer_norm
 
@@ -275,8 +275,8 @@ def test_those_that_read_different_things_do_not_share_a_tap() -> None:
     results = []
     model, batch = build("gpt2", "base"), ARCHITECTURES["gpt2"].batch()
     torch.manual_seed(1)
-    tuned = deltune.attach(model, SMALL.format(", targets='ffn layers=-1'"), "one")
-    tuned.attach(SMALL.format(", targets='ffn layers=-1', reads=sublayer"), "other")
+    tuned = deltune.attach(model, SMALL.format(", targets='ffn layers=-1', reads=stream"), "one")
+    tuned.attach(SMALL.format(", targets='ffn layers=-1'"), "other")
     for names in ((), ("one",), ("other",), ("one", "other")):
         tuned.activate(*names)
         handle = model.h[-1].mlp.dropout.register_forward_hook(lambda module, args, output: results.append(output))
@@ -290,11 +290,11 @@ def test_those_that_read_different_things_do_not_share_a_tap() -> None:
 def test_unknown_norms_are_refused_where_the_stream_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describe, "FAMILIES", ())
     with pytest.raises(TargetError, match=r"residual stream in front of decoder\.0\.ffn .* reads=sublayer"):
-        deltune.attach(build("llama-gqa"), "parallel-adapter")
-    tuned, batch = attached("llama-gqa", SMALL.format(", reads=sublayer, targets='attention,ffn'"))
+        deltune.attach(build("llama-gqa"), "parallel-adapter(reads=stream)")
+    tuned, batch = attached("llama-gqa", SMALL.format(", targets='attention,ffn'"))
     expected = output(tuned.model, batch)
     monkeypatch.undo()
-    known, _ = attached("llama-gqa", SMALL.format(", reads=sublayer, targets='attention,ffn'"))
+    known, _ = attached("llama-gqa", SMALL.format(", targets='attention,ffn'"))
     assert torch.equal(output(known.model, batch), expected)
 
 
