@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy
 from deltune.errors import MethodError, StateError, TargetError
 from deltune.methods.base import Method
-from deltune.sites import EntriesSite, Form, ParameterSite, Selection, Site
+from deltune.sites import EntriesSite, Form, ParameterSite, Selection, SelectionForm, Site
 from deltune.sites.base import BANK
 
 __all__ = ["BANK", "Attachment", "Bank"]
@@ -47,6 +47,8 @@ class Attachment:
     placed: dict[str, Placed]
     selection: Selection
     head_names: tuple[str, ...]
+    #: Selected parameters that a form writes to files in its own way.
+    recorded: frozenset[str] = frozenset()
     task: dict[str, Any] | None = None
     steps: int = field(default=0)
 
@@ -62,9 +64,13 @@ class Attachment:
         """
         placed: dict[str, Placed] = {}
         selected: list[ParameterSite] = []
+        #: names of selected parameters, and a form that remembers them, by the part of a sum
+        names: dict[int | None, list[str]] = {}
+        records: dict[int | None, SelectionForm] = {}
         for placement in method.place(model, anatomy):
             if isinstance(placement.site, ParameterSite):
                 selected.append(placement.site)
+                names.setdefault(placement.part, []).append(placement.site.name)
                 continue
             if placement.form is None:
                 raise MethodError(f"{method.name} places no form at {placement.site}.")
@@ -74,13 +80,16 @@ class Attachment:
                 raise TargetError(f"{method.name} acts twice at {key!r}: name each target once.")
             owner = "" if placement.site is None else _owner(placement.site, anatomy, model)
             placed[key] = Placed(key, placement.form, placement.site, owner)
+            if isinstance(placement.form, SelectionForm):
+                records[placement.part] = placement.form
         head = _head_parameters(model, anatomy) if train_head else ()
         only_selects = bool(selected)
         selection = Selection(
             model, [*selected, *(ParameterSite(item) for item in head)], reversible or not only_selects
         )
         head_names = tuple(item for item in head if item in selection.values)
-        return cls(name, method, placed, selection, head_names)
+        recorded = _recorded(selection, names, records, method)
+        return cls(name, method, placed, selection, head_names, recorded)
 
     @property
     def forms(self) -> dict[str, Form]:
@@ -126,10 +135,19 @@ class Attachment:
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Everything that this attachment trains: ``key.parameter`` for forms, full names for selected ones."""
+        yield from self.form_parameters()
+        yield from self.selection
+
+    def form_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What its forms train: ``key.parameter``."""
         for key, placed in self.placed.items():
             for name, parameter in placed.form.named_parameters():
                 yield f"{key}.{name}", parameter
-        yield from self.selection
+
+    def written(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the selected parameters that are written to files whole, by full name."""
+        whole = {name for form in self.forms.values() if isinstance(form, SelectionForm) for name in form.whole()}
+        return ((name, value) for name, value in self.selection if name not in self.recorded or name in whole)
 
     def trainable(self, trainable: bool) -> None:
         """Let the optimizer see this attachment's parameters, or not."""
@@ -208,10 +226,33 @@ def _owner(site: Site, anatomy: Anatomy, model: nn.Module) -> str:
     return ""
 
 
+def _recorded(
+    selection: Selection,
+    names: Mapping[int | None, list[str]],
+    records: Mapping[int | None, SelectionForm],
+    method: Method,
+) -> frozenset[str]:
+    """Give the forms that remember selected parameters theirs; the names of all of these.
+
+    Raises:
+        MethodError: if two parts of a sum select one parameter, of which one remembers what it was.
+    """
+    recorded: dict[str, int | None] = {}
+    for part, form in records.items():
+        own = {name: selection.values[name] for name in names.get(part, ()) if name in selection.values}
+        form.select(own)
+        recorded.update(dict.fromkeys(own, part))
+    for part, others in names.items():
+        twice = [name for name in others if recorded.get(name, part) != part]
+        if twice:
+            raise MethodError(f"{method}: two parts select {twice[0]}. Give them different targets.")
+    return frozenset(recorded)
+
+
 def _follow(form: Form, module: nn.Module) -> None:
     """Move ``form`` to the device of ``module``."""
     place = next((value.device for value in module.parameters()), None)
-    if place is not None and any(value.device != place for value in form.parameters()):
+    if place is not None and any(value.device != place for value in (*form.parameters(), *form.buffers())):
         form.to(place)
 
 

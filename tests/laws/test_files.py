@@ -65,15 +65,19 @@ def test_saved_and_loaded_into_a_fresh_model(case: Case, tmp_path: Path) -> None
     with safe_open(str(tmp_path / "delta" / "delta.safetensors"), "pt") as stream:
         keys = list(stream.keys())
         stored = sum(stream.get_tensor(key).numel() for key in keys)
-    # of fused adapters and mixed prompts the file holds the sources too, and of masks the positions; they do not train
+    # of fused adapters and mixed prompts the file holds the sources too, and of masks the positions; they do not train.
+    # Of biases of which some entries are left it holds these entries
     beside = {
         f"{key}.{name}": form.get_buffer(name).numel()
         for key, form in loaded.attachments["default"].forms.items()
         for name in form.saved_buffers
     }
-    assert (case.method in ("adapter-fusion", "fish-mask")) == any(beside.values())
-    assert stored == loaded.summary().parameters + sum(beside.values())
-    assert set(keys) == {*beside, *(name for name, _ in loaded.named_trainable_parameters())}
+    assert (case.method in ("adapter-fusion", "fish-mask", "u-bitfit")) == any(beside.values())
+    entries = loaded.attachments["default"].recorded if case.method == "u-bitfit" else frozenset()
+    whole = {name: value.numel() for name, value in loaded.named_trainable_parameters() if name not in entries}
+    assert (sum(whole.values()) == loaded.summary().parameters) == (not entries)
+    assert stored == sum(whole.values()) + sum(beside.values())
+    assert set(keys) == {*beside, *whole}
     description = json.loads((tmp_path / "delta" / "deltune.json").read_text(encoding="utf-8"))
     assert set(description["tensors"]) == set(keys)
 

@@ -61,7 +61,7 @@ def _stored_tensors(attachment: Attachment) -> dict[str, Tensor]:
         if form is not None:
             tensors.update({f"{key}.{name}": value for name, value in form.named_parameters()})
             tensors.update({f"{key}.{name}": form.get_buffer(name) for name in form.saved_buffers})
-    tensors.update(dict(attachment.selection))
+    tensors.update(dict(attachment.written()))
     return tensors
 
 
@@ -80,7 +80,7 @@ def fill(
     Raises:
         CheckpointError: naming every missing, unexpected and misshapen tensor; nothing is copied then.
     """
-    parameters: dict[str, Tensor] = dict(attachment.parameters())
+    parameters: dict[str, Tensor] = {**dict(attachment.form_parameters()), **dict(attachment.written())}
     for key, form in attachment.forms.items():
         parameters.update({f"{key}.{name}": form.get_buffer(name) for name in form.saved_buffers})
     missing = [key for key in parameters if key not in tensors]

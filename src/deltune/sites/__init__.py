@@ -10,7 +10,7 @@ from deltune.sites.embedding import ReadingTokenForm, TokenForm, TokenSite, toke
 from deltune.sites.entries import EntriesForm, EntriesSite, entries_below, entries_site
 from deltune.sites.layer import LayerForm, LayerSite, NormedSumSite, layer_sites, residual_sum_sites
 from deltune.sites.parallel import ParallelForm, ParallelSite, parallel_sites
-from deltune.sites.parameter import ParameterSite, Selection, parameter_modules
+from deltune.sites.parameter import ParameterSite, Selection, SelectionForm, parameter_modules
 from deltune.sites.pseudo_tokens import PseudoTokenSite, pseudo_token_sites
 from deltune.sites.states import StackStates, StatesForm, StatesSite, states_sites
 from deltune.sites.sublayer import SublayerForm, SublayerSite, sublayer_sites
@@ -35,6 +35,7 @@ __all__ = [
     "PseudoTokenSite",
     "ReadingTokenForm",
     "Selection",
+    "SelectionForm",
     "Site",
     "StackStates",
     "StatesForm",

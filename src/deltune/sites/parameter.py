@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from deltune.backbone import PROJECTION_ROLES, Anatomy, Part, Targets
 from deltune.errors import StateError, TargetError
-from deltune.sites.base import Insertion
+from deltune.sites.base import Form, Insertion
 
-__all__ = ["ParameterSite", "Selection", "parameter_modules"]
+__all__ = ["ParameterSite", "Selection", "SelectionForm", "parameter_modules"]
 
 #: The roles that are modules of their own in every model. Sublayers are not: BERT's feed-forward sublayer has no
 #: module but its layer.
@@ -41,6 +41,21 @@ class ParameterSite:
     def key(self) -> str:
         """Name used in tables."""
         return self.name
+
+
+class SelectionForm(Form):
+    """What a method remembers of the parameters that it selects, and what of them it writes to a file.
+
+    A method places it as a shared form beside its :class:`ParameterSite`. It computes nothing: the parameters stand in
+    the model. In files its stored form takes their place, and brings them back in :meth:`restored`.
+    """
+
+    def select(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the parameters that the method selected, by full name, with their original values; called once."""
+
+    def whole(self) -> Iterable[str]:
+        """Names of those that are written whole all the same; by default none."""
+        return ()
 
 
 def parameter_modules(
