@@ -25,6 +25,8 @@ METHODS: dict[str, str] = {
     "lora": "lora(rank=2, alpha=4, targets='attention.* ffn.*')",
     "lora-decomposed": "lora(rank=2, alpha=4, weight_decomposed=true, targets='attention.* ffn.*')",
     "qlora": "qlora(rank=2, alpha=4, dropout=0)",
+    "u-lora": "u-lora(rank=2, alpha=4, budget=0.3)",
+    "s-lora": "s-lora(rank=2, alpha=4, budget=0.5)",
     "fact": "fact(dropout=0)",
     "sequential-adapter": "sequential-adapter(width=4, standard_deviation=0.1)",
     # of so few units relu may leave none for the one position that a classifier reads
