@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "NF4": "deltune.quantization",
     "PromptEnsemble": "deltune.prompting",
+    "SparseDelta": "deltune.sparse_delta",
     "Targets": "deltune.backbone",
     "Tuned": "deltune.tuned",
     "adapter_use": "deltune.fusing",
@@ -30,6 +31,7 @@ _NAMES = {
 __all__ = [
     "NF4",
     "PromptEnsemble",
+    "SparseDelta",
     "Targets",
     "Tuned",
     "__version__",

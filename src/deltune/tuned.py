@@ -17,6 +17,7 @@ from deltune.frozen_states import FrozenStates, frozen_states
 from deltune.methods import Method
 from deltune.model_hooks import StepHooks, total_penalty
 from deltune.quantization.model import dequantize_layers, format_of
+from deltune.sparse_delta import Entries, SparseDelta
 from deltune.summary import Summary
 from deltune.switchboard import HANDLE, Switchboard
 
@@ -223,6 +224,28 @@ class Tuned(Switchboard):
         names = self.active if name is None else (name,)
         return Summary.of(self.model, [self._attachment(item) for item in names], self._size)
 
+    def changes(self, name: str | None = None, *, head: bool = False) -> SparseDelta:
+        """What an attachment changes in the model's own parameters, entry by entry.
+
+        Args:
+            name: which attachment; by default the live one.
+            head: whether those of the task head are among them.
+
+        Raises:
+            StateError: if merged, if several are live and none is named, if the method cannot be merged, or if the
+                original values are lost (``reversible=False``).
+        """
+        self._refuse_while_merged("compare with the original")
+        attachment = self._attachment(self._one(name, "compare"))
+        with self.disabled():
+            found = {}
+            for key, value in attachment.merged(self._modules).items():
+                if head or key not in attachment.head_names:
+                    owner, _, attribute = key.rpartition(".")
+                    original = self._modules[owner]._parameters[attribute]
+                    found[key] = Entries.between(torch.zeros_like(value) if original is None else original, value)
+        return SparseDelta(found)
+
     def save(self, path: str | Path, name: str | None = None) -> Path:
         """Write an attachment to a folder: one safetensors file with the trained part, one JSON for people.
 
@@ -237,9 +260,13 @@ class Tuned(Switchboard):
             StateError: if merged, or if several are live and none is named.
         """
         self._refuse_while_merged("save")
+        return write(self._attachment(self._one(name, "save")), self.base_model, path)
+
+    def _one(self, name: str | None, verb: str) -> str:
+        """``name``, or that of the only live attachment."""
         if name is None and len(self.active) != 1:
-            raise StateError(f"Say which attachment to save: name= one of {', '.join(self.attachments)}.")
-        return write(self._attachment(name or self.active[0]), self.base_model, path)
+            raise StateError(f"Say which attachment to {verb}: name= one of {', '.join(self.attachments)}.")
+        return name or self.active[0]
 
     def __repr__(self) -> str:
         items = ", ".join(f"{name}: {attachment.method}" for name, attachment in self.attachments.items())

@@ -264,3 +264,15 @@ class Anatomy:
     def of(self, role: str, stack: str | None = None) -> tuple[Part, ...]:
         """The parts that play ``role``, in all stacks or in one."""
         return tuple(part for part in self.parts if part.role == role and stack in (None, part.stack))
+
+    def parameter_key(self, name: str) -> str:
+        """Where the parameter of that full name is: its module's part, and what it is unless it is the weight.
+
+        ``encoder.layer.3.attention.self.query.bias`` is ``encoder.3.attention.query.bias``. A name that belongs to no
+        part stays as it is.
+        """
+        owner, _, attribute = name.rpartition(".")
+        part = next((part for part in self.parts if part.module == owner and part.rows is None), None)
+        if part is None or part.role == "layer":
+            return name
+        return part.key if attribute == "weight" else f"{part.key}.{attribute}"

@@ -26,6 +26,7 @@ _COMMANDS = {
     "predict": ("predict", "predict"),
     "merge": ("merge", "merge"),
     "ranks": ("ranks", "ranks"),
+    "changes": ("changes", "changes"),
     "methods": ("methods", "methods"),
     "sites": ("sites", "sites"),
 }

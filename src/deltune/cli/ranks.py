@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from deltune.cli.reporting import print_json
-from deltune.errors import CheckpointError, DeltuneError
+from deltune.cli.reporting import check_picture, drawing, print_json
+from deltune.errors import CheckpointError
 
 __all__ = ["ranks"]
 
-_FORMATS = (".svg", ".png", ".pdf")
 #: Methods whose deltas are products of factors A and B; those of others may have factors of these names too.
 _LOW_RANK = frozenset({"lora", "qlora", "dylora", "adalora", "increlora"})
 
@@ -30,8 +29,7 @@ def ranks(
     from deltune.checkpoints import read
     from deltune.measure import rank_picture, rank_table
 
-    if picture is not None and picture.suffix.lower() not in _FORMATS:
-        raise DeltuneError(f"--picture {picture}: its ending says the format; it must be one of {', '.join(_FORMATS)}.")
+    check_picture(picture)
     description, tensors = read(delta)
     methods = _methods_of(description["method"])
     prefixes = _prefixes(description["method"])
@@ -42,12 +40,8 @@ def ranks(
             f"deltas of {', '.join(sorted(_LOW_RANK))}."
         )
     if picture is not None:
-        try:
+        with drawing(picture):
             rank_picture(found, picture, title=f"{sum(found.values())} ranks in {len(found)} matrices")
-        except ModuleNotFoundError as error:
-            raise DeltuneError("Pictures need matplotlib: pip install 'deltune[report]'.") from error
-        except OSError as error:
-            raise DeltuneError(f"{picture} cannot be written: {error.strerror}. Choose another place.") from error
     if json:
         print_json({"ranks": found, "picture": None if picture is None else str(picture)})
         return

@@ -6,20 +6,32 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from deltune.errors import DeltuneError
 
-__all__ = ["guarded", "paragraphs", "plain_number", "print_json", "quiet_libraries", "show_tracebacks"]
+__all__ = [
+    "check_picture",
+    "drawing",
+    "guarded",
+    "paragraphs",
+    "plain_number",
+    "print_json",
+    "quiet_libraries",
+    "show_tracebacks",
+]
 
 _tracebacks: ContextVar[bool] = ContextVar("tracebacks", default=False)
 
 _INTERRUPTED = 130
 _WRONG_INPUT = 2
+_PICTURES = (".svg", ".png", ".pdf")
 
 
 def show_tracebacks(wanted: bool) -> None:
@@ -97,3 +109,30 @@ def print_json(content: Any) -> None:
 def plain_number(value: Any) -> str:
     """A number with as many digits as are worth reading."""
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def check_picture(picture: Path | None) -> None:
+    """Refuse a picture in a format that cannot be drawn.
+
+    Raises:
+        DeltuneError: naming those that can.
+    """
+    if picture is not None and picture.suffix.lower() not in _PICTURES:
+        raise DeltuneError(
+            f"--picture {picture}: its ending says the format; it must be one of {', '.join(_PICTURES)}."
+        )
+
+
+@contextmanager
+def drawing(picture: Path) -> Iterator[None]:
+    """Inside the block a picture is drawn into the file ``picture``.
+
+    Raises:
+        DeltuneError: if matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise DeltuneError("Pictures need matplotlib: pip install 'deltune[report]'.") from error
+    except OSError as error:
+        raise DeltuneError(f"{picture} cannot be written: {error.strerror}. Choose another place.") from error

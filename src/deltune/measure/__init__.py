@@ -10,6 +10,7 @@ from deltune.measure.memory import MemoryUse, PeakMemory, release_memory, reside
 from deltune.measure.provenance import cpu_count, provenance
 from deltune.measure.ranks import rank_picture, rank_table
 from deltune.measure.saved_tensors import SavedTensors
+from deltune.measure.sites import site_picture, site_table
 from deltune.measure.statistics import Spread, proportion_interval
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "rank_table",
     "release_memory",
     "resident_bytes",
+    "site_picture",
+    "site_table",
     "use_picture",
     "use_table",
 ]
