@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy
 from deltune.errors import MethodError, StateError, TargetError
 from deltune.methods.base import Method
-from deltune.sites import EntriesSite, Form, ParameterSite, Selection, SelectionForm, Site
+from deltune.sites import Form, ParameterSite, Selection, SelectionForm, Site
 from deltune.sites.base import BANK
 
 __all__ = ["BANK", "Attachment", "Bank"]
@@ -110,8 +110,8 @@ class Attachment:
         All of them, or of some entries.
         """
         whole = [name for name, _ in self.selection if name not in self.head_names]
-        partly = (site.selected(form) for _, site, form in self.sites if isinstance(site, EntriesSite))  # type: ignore[arg-type]
-        return [*whole, *(name for names in partly for name in names)]
+        partly = (name for _, site, form in self.sites for name in site.selected(form))
+        return list(dict.fromkeys([*whole, *partly]))
 
     def set_rank(self, rank: int) -> None:
         """Cut every form to ``rank``; see :meth:`deltune.Tuned.set_rank`.

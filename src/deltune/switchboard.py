@@ -19,7 +19,15 @@ from deltune.quantization.layers import keep_packing
 from deltune.quantization.model import format_of, parameter_count
 from deltune.routing import repeated_per_task
 from deltune.sites import Control, Tap
-from deltune.switching import check_dropped, check_name, check_replaced, check_route, check_together, find
+from deltune.switching import (
+    check_dropped,
+    check_name,
+    check_replaced,
+    check_route,
+    check_together,
+    check_written,
+    find,
+)
 
 __all__ = ["HANDLE", "Switchboard"]
 
@@ -87,10 +95,14 @@ class Switchboard:
         try:
             attachment = Attachment.build(name, method, self.model, self.anatomy, reversible, with_head)
             check_replaced([attachment])
+            check_written([attachment])
         except Exception:
             self._set_live(live, route)
             raise
-        if not any(True for _ in attachment.parameters()):
+        # what a file holds may act without training
+        if not any(True for _ in attachment.parameters()) and not any(
+            form.saved_buffers for form in attachment.forms.values()
+        ):
             self._set_live(live, route)
             raise MethodError(f"{method} would train nothing in this model.")
         if self._frozen is None:

@@ -10,9 +10,9 @@ from torch import nn
 from deltune.attachment import Attachment
 from deltune.backbone import Anatomy
 from deltune.errors import StateError, suggestion
-from deltune.sites import Insertion, Tap
+from deltune.sites import Insertion, ParameterSite, Site, Tap
 
-__all__ = ["check_dropped", "check_name", "check_replaced", "check_route", "check_together", "find"]
+__all__ = ["check_dropped", "check_name", "check_replaced", "check_route", "check_together", "check_written", "find"]
 
 
 def find(attachments: Mapping[str, Attachment], name: str) -> Attachment:
@@ -73,6 +73,7 @@ def check_together(
                     f"{selected[parameter]!r} has its own value of {parameter}, and {name!r} of entries of it, so they "
                     "cannot be active together."
                 )
+    check_written(attachments[name] for name in names)
 
 
 def check_replaced(attachments: Iterable[Attachment]) -> None:
@@ -95,6 +96,27 @@ def check_replaced(attachments: Iterable[Attachment]) -> None:
             f"{replacing} reads the states of the frozen model without a gradient, so what changes {other} would learn "
             f"nothing beside it. Attach {replacing} alone."
         )
+
+
+def check_written(attachments: Iterable[Attachment]) -> None:
+    """Refuse two mechanisms that write into one parameter, as masks and single entries do: neither knows of the other.
+
+    Raises:
+        StateError: if so.
+    """
+    found: dict[str, tuple[type[Site | ParameterSite], str]] = {}
+    for attachment in attachments:
+        written: list[tuple[str, type[Site | ParameterSite], str]] = [
+            (parameter, type(site), key) for key, site, form in attachment.sites for parameter in site.selected(form)
+        ]
+        written += [(parameter, ParameterSite, parameter) for parameter, _ in attachment.selection]
+        for parameter, kind, key in written:
+            other, place = found.setdefault(parameter, (kind, key))
+            if other is not kind:
+                raise StateError(
+                    f"{attachment.method.name}: {place} and {key} both write values into {parameter}, so they cannot "
+                    "be active together. Choose targets that have no parameter in common."
+                )
 
 
 def check_route(attachments: Mapping[str, Attachment], names: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "fish-mask": "fish-mask(ratio=0.3)",
     "u-bitfit": "u-bitfit(budget=0.3)",
     "s-bitfit": "s-bitfit(budget=0.3)",
+    "threshold-mask": "threshold-mask(zeros_at_start=0.3)",
     "lora": "lora(rank=2, alpha=4, targets='attention.* ffn.*')",
     "lora-decomposed": "lora(rank=2, alpha=4, weight_decomposed=true, targets='attention.* ffn.*')",
     "qlora": "qlora(rank=2, alpha=4, dropout=0)",

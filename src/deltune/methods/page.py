@@ -39,7 +39,7 @@ _INSERTIONS = {
     "key_value": "gives attention more keys and values",
     "tokens": "gives the model more input positions",
     "replace": "takes the place of a part of the model",
-    "select": "trains some of the model's own parameters",
+    "select": "changes some of the model's own parameters",
 }
 
 

@@ -9,6 +9,7 @@ from deltune.sites.base import Control, Form, Insertion, Site, Tap
 from deltune.sites.embedding import ReadingTokenForm, TokenForm, TokenSite, token_sites
 from deltune.sites.entries import EntriesForm, EntriesSite, entries_below, entries_site
 from deltune.sites.layer import LayerForm, LayerSite, NormedSumSite, layer_sites, residual_sum_sites
+from deltune.sites.mask import MaskForm, MaskSite, mask_sites
 from deltune.sites.parallel import ParallelForm, ParallelSite, parallel_sites
 from deltune.sites.parameter import ParameterSite, Selection, SelectionForm, parameter_modules
 from deltune.sites.pseudo_tokens import PseudoTokenSite, pseudo_token_sites
@@ -26,6 +27,8 @@ __all__ = [
     "KeyValueSite",
     "LayerForm",
     "LayerSite",
+    "MaskForm",
+    "MaskSite",
     "NormedSumSite",
     "ParallelForm",
     "ParallelSite",
@@ -51,6 +54,7 @@ __all__ = [
     "entries_site",
     "key_value_sites",
     "layer_sites",
+    "mask_sites",
     "parallel_sites",
     "parameter_modules",
     "position_sites",

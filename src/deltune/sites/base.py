@@ -190,6 +190,10 @@ class Site(ABC):
     def tap(self, control: Control) -> Tap:
         """A new, uninstalled tap for this site."""
 
+    def selected(self, form: Form) -> tuple[str, ...]:
+        """Full names of the model's own parameters in which ``form`` has values, where there are such."""
+        return ()
+
     def merge(self, form: Form, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """The model's parameters as they are with ``form`` folded in: full names to new tensors.
 

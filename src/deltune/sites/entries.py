@@ -14,19 +14,16 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from deltune.backbone import Anatomy, Part, Targets
 from deltune.errors import TargetError
 from deltune.sites.base import BANK, Control, Form, Insertion, Site, Tap
 from deltune.sites.parameter import parameter_modules
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
+from deltune.sites.written import Writer
 
 __all__ = ["EntriesForm", "EntriesSite", "entries_below", "entries_site"]
 
@@ -92,8 +89,9 @@ class EntriesSite(Site):
         """Index of the first entry of each parameter."""
         return dict(zip(self.names, itertools.accumulate(self.sizes, initial=0), strict=False))
 
-    def selected(self, form: EntriesForm) -> tuple[str, ...]:
+    def selected(self, form: Form) -> tuple[str, ...]:
         """Names of the parameters of which the form has entries; all where it has no values yet (meta)."""
+        assert isinstance(form, EntriesForm)
         return self.names if form.indices.is_meta else tuple(name for name, _, _ in self.split(form.indices))
 
     def split(self, indices: Tensor) -> Iterator[tuple[str, slice, Tensor]]:
@@ -135,7 +133,7 @@ class _Written:
     versions: list[tuple[int, int]]
 
 
-class EntriesTap(Tap):
+class EntriesTap(Tap, Writer):
     """Writes the live forms' values into the parameters, and gathers the gradients."""
 
     weighted: ClassVar[bool] = True
@@ -147,23 +145,13 @@ class EntriesTap(Tap):
         self._written: _Written | None = None
         #: Names of the parameters whose gradients are gathered.
         self._training: set[str] = set()
-        self._step: RemovableHandle | None = None
         #: Whether the state that is being loaded is that of the bare model.
         self._bare = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy follows optimizers by a hook of its own
-        return {**vars(self), "_step": None}
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         """Write, and hook the model so that changed values are written before its next call."""
         self._modules = {name.rpartition(".")[0]: modules[name.rpartition(".")[0]] for name in self.site.names}
-        for name in self.site.calls:
-            self._handles.append(modules[name].register_forward_pre_hook(_Refresh(self)))
-        model: Any = modules[""]
-        self._handles.append(model.register_state_dict_pre_hook(_Refresh(self)))
-        self._handles.append(model.register_load_state_dict_pre_hook(_BeforeLoading(self)))
-        self._handles.append(model.register_load_state_dict_post_hook(_AfterLoading(self)))
+        self._handles.extend(self.watch(modules, self.site.calls))
         self.refresh()
 
     def uninstall(self) -> None:
@@ -172,21 +160,13 @@ class EntriesTap(Tap):
             self._restore()
             self._stop(self._training)
             self._training = set()
-            if self._step is not None:
-                self._step.remove()
-                self._step = None
+            self.stop_following()
         super().uninstall()
 
     def refresh(self, stepped: bool = False) -> None:
-        """Write what has changed since it was last written, and see that gradients come.
-
-        Args:
-            stepped: whether values may have changed unnoticed: fused optimizers do not count up a tensor's version.
-        """
-        if self._step is None and self.installed:
-            # whoever reads the parameters behind a step finds them as they are then
-            self._step = register_optimizer_step_post_hook(_AfterStep(weakref.ref(self)))
-            weakref.finalize(self, self._step.remove)
+        """Write what has changed since it was last written, and see that gradients come."""
+        if self.installed:
+            self.follow_steps()
         if any(form.indices.is_meta for form, _ in self._live_forms()):
             return  # a model without values
         forms = list(self._live_forms())
@@ -202,6 +182,11 @@ class EntriesTap(Tap):
             parameter.requires_grad_(True)
             _hook(parameter, self, name)
         self._training = used
+
+    def trained(self) -> Iterator[Tensor]:
+        """The live forms' values."""
+        for form, _ in self._live_forms():
+            yield form.values
 
     def before_loading(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Put the originals back, and note those of the entries that will be selected."""
@@ -287,59 +272,6 @@ class EntriesTap(Tap):
             # not through the parameter itself: a graph that holds it may still have its backward pass to come
             flat = parameter.data.view(-1)
             flat[places.to(flat.device)] = values[part].to(flat)
-
-
-@dataclass
-class _Refresh:
-    """Before the model, or what reads its parameters: they hold what the forms say."""
-
-    tap: EntriesTap
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        _refresh(self.tap)
-
-
-@dataclass
-class _AfterStep:
-    """After a step of any optimizer, which may have changed the values.
-
-    PyTorch holds this for all optimizers; it must not keep a model alive that nobody else has any more.
-    """
-
-    tap: weakref.ref[EntriesTap]
-
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        tap = self.tap()
-        if tap is None:
-            return
-        ours = {id(form.values) for form, _ in tap.live() if isinstance(form, EntriesForm)}
-        if any(id(value) in ours for group in optimizer.param_groups for value in group["params"]):
-            tap.refresh(stepped=True)
-
-
-@dataclass
-class _BeforeLoading:
-    """Before the model takes a state."""
-
-    tap: EntriesTap
-
-    def __call__(self, module: nn.Module, state: Mapping[str, Any], *args: Any) -> None:
-        self.tap.before_loading(module, state)
-
-
-@dataclass
-class _AfterLoading:
-    """After the model has taken a state."""
-
-    tap: EntriesTap
-
-    def __call__(self, module: nn.Module, incompatible: Any) -> None:
-        self.tap.after_loading()
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _refresh(tap: EntriesTap) -> None:
-    tap.refresh()
 
 
 @dataclass(eq=False)

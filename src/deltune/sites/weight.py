@@ -130,7 +130,7 @@ class WeightSite(Site):
     def _whole(self, stored: Tensor) -> Tensor:
         return stored.flatten(1) if self.kind == "convolution" else stored.T if self.transposed else stored
 
-    def tap(self, control: Control) -> WeightTap:
+    def tap(self, control: Control) -> Tap:
         """A tap that adds the change to the module's output."""
         kinds = {"linear": WeightTap, "embedding": EmbeddingTap, "convolution": ConvolutionTap}
         return kinds[self.kind](self, control)

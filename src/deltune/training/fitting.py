@@ -81,7 +81,7 @@ def fit(
     Raises:
         DataError: if the data do not fit the task.
         DeltuneError: if a package that measuring needs is not installed.
-        StateError: if no or several attachments are live, or ``output`` holds another run.
+        StateError: if no or several attachments are live, nothing trains, or ``output`` holds another run.
         TrainingError: if the loss or the weights are no longer finite numbers, where older checkpoints are kept;
             or if the wanted device is not there.
         CheckpointError: if the disk is full, or a checkpoint is damaged.
@@ -261,7 +261,13 @@ def _live_attachment(tuned: Tuned) -> Attachment:
             f"fit trains one attachment, but those that are live are: {live}. Make one live with tuned.activate(name); "
             f"attached are: {', '.join(tuned.attachments) or 'none'}."
         )
-    return tuned.attachments[tuned.active[0]]
+    attachment = tuned.attachments[tuned.active[0]]
+    if not any(True for _ in attachment.parameters()):
+        raise StateError(
+            f"{attachment.name!r} ({attachment.method}) has nothing to train: what it holds is fixed, and no task head "
+            "trains. Attach a method that trains, or load a model with a task head."
+        )
+    return attachment
 
 
 def _tokenizer_of(tuned: Tuned, task: Task) -> Any:
