@@ -1,6 +1,7 @@
 """Memory of one training step, each method in a process of its own: ``python -m benchmarks.training_memory``.
 
 A 12-layer encoder of BERT-base's shape with random weights, in float32, trained on a batch of 32 texts of 128 tokens.
+``masked`` is what a FISH mask usually is: full fine-tuning whose gradients are multiplied by a mask of ones and zeros.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ METHODS = (
     "prompt-tuning",
     "attention-fusion",
     "ladder-side-tuning(reduction=8, initialization=magnitude)",
+    "fish-mask(ratio=0.005)",
+    "masked",
 )
 
 
@@ -33,7 +36,8 @@ def measured(method: str, rows: int, length: int) -> dict[str, Any]:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig())
-    tuned = deltune.attach(model, method, reversible=False)
+    tuned = deltune.attach(model, "full" if method == "masked" else method, reversible=False)
+    masks = {value: torch.rand_like(value) < 0.005 for value in model.parameters()} if method == "masked" else {}
     model.train()
     batch = {
         "input_ids": torch.randint(1000, 30000, (rows, length)),
@@ -44,13 +48,22 @@ def measured(method: str, rows: int, length: int) -> dict[str, Any]:
     with PeakMemory() as memory:
         for _ in range(2):
             model(**batch).loss.backward()
+            for value, mask in masks.items():
+                value.grad.mul_(mask)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     # apart, because what is counted is held as long as it is counted
     with SavedTensors(besides=list(model.parameters())) as saved:
         loss = model(**batch).loss
     assert loss.requires_grad
-    return {"peak": memory.use.peak, "kept": saved.bytes, "parameters": tuned.summary().parameters}
+    state = sum(
+        item.numel() * item.element_size()
+        for entry in optimizer.state.values()
+        for item in entry.values()
+        if isinstance(item, torch.Tensor)
+    )
+    trained = tuned.summary().parameters
+    return {"peak": memory.use.peak, "kept": saved.bytes, "parameters": trained, "optimizer": state}
 
 
 def main() -> None:
@@ -58,9 +71,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--methods", default=";".join(METHODS), help="with semicolons between them; full is added")
     given = parser.parse_args()
     found = {}
-    for method in METHODS:
+    for method in dict.fromkeys(["full", *given.methods.split(";")]):
         call = f"measured({method!r}, {given.rows}, {given.length})"
         code = f"import json\nfrom benchmarks.training_memory import measured\nprint('RESULT', json.dumps({call}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -71,6 +85,7 @@ def main() -> None:
     rows = {
         method: [
             f"{item['parameters']:,}",
+            f"{item['optimizer'] / 1e6:,.1f} MB",
             f"{item['kept'] / 1e6:,.0f} MB",
             f"{item['kept'] / full['kept']:.2f}",
             f"{item['peak'] / 1e6:,.0f} MB",
@@ -78,7 +93,8 @@ def main() -> None:
         ]
         for method, item in found.items()
     }
-    print(table(["method", "trained", "kept for backward", "of full", "peak of the process", "of full"], rows))
+    header = ["method", "trained", "optimizer state", "kept for backward", "of full", "peak of the process", "of full"]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":
