@@ -214,6 +214,11 @@ class Attachment:
         """The method's additional loss, if it has one."""
         return self.method.penalty(self.forms)
 
+    @property
+    def settled(self) -> bool:
+        """Whether what evaluation measures now is what would be written."""
+        return self.method.settled(self.forms)
+
 
 def _owner(site: Site, anatomy: Anatomy, model: nn.Module) -> str:
     """The layer that holds the site, or "" for the model itself."""

@@ -23,6 +23,8 @@ METHODS: dict[str, str] = {
     "u-bitfit": "u-bitfit(budget=0.3)",
     "s-bitfit": "s-bitfit(budget=0.3)",
     "threshold-mask": "threshold-mask(zeros_at_start=0.3)",
+    # of gates in the middle of their range the laws can see the slope, in evaluation mode too
+    "diff-pruning": "diff-pruning(ratio=0.3, initial=1, alpha=0.5)",
     "lora": "lora(rank=2, alpha=4, targets='attention.* ffn.*')",
     "lora-decomposed": "lora(rank=2, alpha=4, weight_decomposed=true, targets='attention.* ffn.*')",
     "qlora": "qlora(rank=2, alpha=4, dropout=0)",

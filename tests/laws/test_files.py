@@ -72,7 +72,9 @@ def test_saved_and_loaded_into_a_fresh_model(case: Case, tmp_path: Path) -> None
         for key, form in loaded.attachments["default"].forms.items()
         for name in form.saved_buffers
     }
-    assert (case.method in ("adapter-fusion", "fish-mask", "threshold-mask", "u-bitfit")) == any(beside.values())
+    assert (case.method in ("adapter-fusion", "diff-pruning", "fish-mask", "threshold-mask", "u-bitfit")) == any(
+        beside.values()
+    )
     entries = loaded.attachments["default"].recorded if case.method == "u-bitfit" else frozenset()
     whole = {name: value.numel() for name, value in loaded.named_trainable_parameters() if name not in entries}
     assert (sum(whole.values()) == loaded.summary().parameters) == (not entries)

@@ -485,7 +485,7 @@ def compiled_graphs(
 
 
 #: Methods that write changed values into the model's parameters before its call, which breaks the graph there.
-BREAKING = ("fish-mask", "threshold-mask")
+BREAKING = ("fish-mask", "threshold-mask", "diff-pruning")
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in BREAKING])

@@ -19,7 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 import deltune
 from deltune.errors import MethodError, StateError, TargetError
 from deltune.methods.fisher_information import fisher_information
-from deltune.methods.selective.fish_mask import _greatest
+from deltune.methods.selective.greatest import greatest
 from deltune.sites import EntriesForm, EntriesSite
 from tests.methods.common import build, output
 from tests.training import tiny
@@ -135,7 +135,7 @@ def test_4_selection_is_that_of_sorting_everything(sizes: list[int], seed: int, 
     count = max(1, int(share * sum(sizes)))
     flat = torch.cat(list(scores.values()))
     starts = {str(number): sum(sizes[:number]) for number in range(len(sizes))}
-    assert torch.equal(_greatest(scores, count, starts), flat.argsort(descending=True)[:count].sort().values)
+    assert torch.equal(greatest(scores, count, starts), flat.argsort(descending=True)[:count].sort().values)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -395,6 +395,16 @@ def test_a_stopped_run_ends_in_the_same_bits(method: str, stop: int, tmp_path: P
     assert torch.equal(form_of(resumed).kept, form_of(whole).kept)
 
 
+@pytest.mark.parametrize("method", BOTH)
+def test_the_best_weights_are_within_the_budget(method: str) -> None:
+    """Also where those of the search are better: evaluated after every step, best is one of the last steps."""
+    tuned = tiny.classifier(f"{method}(budget=0.3, search=0.8)")
+    result = run(tuned, settings={"steps": 10, "evaluate_every": 1})
+    total = form_of(tuned).kept.numel()
+    assert result.best_step in (8, 9, 10)
+    assert int(form_of(tuned).kept.sum()) <= round(0.3 * total)
+
+
 def test_whoever_binds_says_how_long() -> None:
     tuned, _ = attached("bert", "u-bitfit")
     optimizer = torch.optim.AdamW(tuned.trainable_parameters())

@@ -157,6 +157,16 @@ class Method(ABC):
             optimizer: the optimizer.
         """
 
+    def settled(self, forms: Mapping[str, Form]) -> bool:
+        """Whether what evaluation measures now is what would be written, and within its budget; True by default.
+
+        While it is not, ``deltune.fit`` does not take the weights for the best.
+
+        Args:
+            forms: the forms of this attachment by key.
+        """
+        return True
+
     def to_dict(self) -> dict[str, Any]:
         """Name and hyperparameters as plain values, for files."""
         values: dict[str, Any] = {"name": self.name}
@@ -307,6 +317,10 @@ class Sum(Method):
         """Every part's own schedule."""
         for number, method in enumerate(self.methods):
             method.after_step(_part(forms, number), step, optimizer)
+
+    def settled(self, forms: Mapping[str, Form]) -> bool:
+        """Whether all parts are."""
+        return all(method.settled(_part(forms, number)) for number, method in enumerate(self.methods))
 
     def to_dict(self) -> dict[str, Any]:
         """Name and the parts' own dictionaries."""

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 from deltune.backbone import Targets
 from deltune.errors import MethodError, suggestion
 
-__all__ = ["check", "converted", "fits", "option", "split", "type_name"]
+__all__ = ["check", "check_steps", "converted", "fits", "number_of_steps", "option", "split", "type_name"]
 
 
 def option(
@@ -62,6 +62,22 @@ def check(owner: str, item: dataclasses.Field[Any], value: Any, hint: Any) -> No
         raise MethodError(f"{label} must be {'greater than' if exclusive else 'at least'} {minimum}, not {value}.")
     if maximum is not None and value > maximum:
         raise MethodError(f"{label} must be at most {maximum}, not {value}.")
+
+
+def check_steps(owner: str, **values: float) -> None:
+    """Refuse what is neither a share of all steps, below 1, nor a number of steps.
+
+    Raises:
+        MethodError: naming ``owner`` and the option.
+    """
+    for label, value in values.items():
+        if value >= 1 and value != int(value):
+            raise MethodError(f"{owner}: {label} is {value}: give a share below 1, or a whole number of steps.")
+
+
+def number_of_steps(value: float, total: int) -> int:
+    """A number of steps, given as such or, below 1, as a share of ``total``."""
+    return int(value if value >= 1 else value * total)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

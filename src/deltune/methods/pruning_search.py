@@ -220,6 +220,15 @@ class PruningSearch(Method):
         """Whether the architecture is given, so that nothing is searched for."""
         return False
 
+    def settled(self, forms: Mapping[str, Form]) -> bool:
+        """Whether the budget is met."""
+        searching = self.searching(forms)
+        left = sum(int(form.kept.sum()) for form in searching)
+        return self.is_found() or left <= self._target(searching)
+
+    def _target(self, searching: Sequence[Candidates]) -> int:
+        return max(1, round(self.budget * sum(form.kept.numel() for form in searching)))
+
     def begin(self, forms: Mapping[str, Form], steps: int | None) -> None:
         """Lay out the schedule.
 
@@ -243,7 +252,7 @@ class PruningSearch(Method):
         searching = self.searching(forms)
         total = sum(form.kept.numel() for form in searching)
         for form in searching:
-            form.schedule = PruningSchedule(total, max(1, round(self.budget * total)), first, last, self.events)
+            form.schedule = PruningSchedule(total, self._target(searching), first, last, self.events)
 
     def before_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Learn the scores, while something is searched for."""

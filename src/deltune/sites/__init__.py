@@ -7,7 +7,7 @@ from deltune.sites.attention_positions import PositionShift, PositionSite, posit
 from deltune.sites.attention_records import recorded_keys_and_values
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
 from deltune.sites.embedding import ReadingTokenForm, TokenForm, TokenSite, token_sites
-from deltune.sites.entries import EntriesForm, EntriesSite, entries_below, entries_site
+from deltune.sites.entries import EntriesForm, EntriesSite, Piece, entries_below, entries_site
 from deltune.sites.layer import LayerForm, LayerSite, NormedSumSite, layer_sites, residual_sum_sites
 from deltune.sites.mask import MaskForm, MaskSite, mask_sites
 from deltune.sites.parallel import ParallelForm, ParallelSite, parallel_sites
@@ -33,6 +33,7 @@ __all__ = [
     "ParallelForm",
     "ParallelSite",
     "ParameterSite",
+    "Piece",
     "PositionShift",
     "PositionSite",
     "PseudoTokenSite",

@@ -11,38 +11,61 @@ than one of them is held at a time, and the optimizer keeps state for k numbers,
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from deltune.backbone import Anatomy, Part, Targets
 from deltune.errors import TargetError
-from deltune.sites.base import BANK, Control, Form, Insertion, Site, Tap
+from deltune.sites.base import BANK, Control, Form, Insertion, Site
+from deltune.sites.entries_tap import EntriesTap, parameter_at
 from deltune.sites.parameter import parameter_modules
-from deltune.sites.written import Writer
 
-__all__ = ["EntriesForm", "EntriesSite", "entries_below", "entries_site"]
+__all__ = ["EntriesForm", "EntriesSite", "Piece", "entries_below", "entries_site"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The entries of one parameter that a form changes.
+
+    Attributes:
+        name: of the parameter.
+        part: where these entries are in the form's vectors.
+        places: which of the flattened parameter's entries they are, ascending; None for all of them.
+    """
+
+    name: str
+    part: slice
+    places: Tensor | None
+
+    def of(self, flat: Tensor) -> Tensor:
+        """These entries of a flattened parameter."""
+        return flat if self.places is None else flat[self.places.to(flat.device)]
 
 
 class EntriesForm(Form):
     """Values of k selected entries.
+
+    A form of another kind, of more vectors or of whole parameters, says by :meth:`pieces` which entries it changes, by
+    :meth:`written` what is to stand there, and by :meth:`collect` what their gradient is for what it trains.
 
     Args:
         site: whose entries.
         indices: of the entries, (k,), each in 0 to N - 1, ascending: positions in the site's parameters, flattened and
             put one behind the other.
         values: (k,), what stands there at the start.
+        relative: whether the values are differences from what the model has there, and not what stands there itself.
     """
 
     saved_buffers = ("indices",)
 
-    def __init__(self, site: EntriesSite, indices: Tensor, values: Tensor) -> None:
+    def __init__(self, site: EntriesSite, indices: Tensor, values: Tensor, relative: bool = False) -> None:
         super().__init__()
         self.site = site
+        self.relative = relative
         self.values = nn.Parameter(values.detach().clone())
         self.indices: Tensor
         self.register_buffer("indices", indices.clone(), persistent=True)
@@ -53,6 +76,44 @@ class EntriesForm(Form):
         order = indices.argsort()
         self.indices.copy_(indices[order])
         self.values.copy_(values[order])
+
+    def pieces(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[Piece]:
+        """The changed entries of each parameter that has some.
+
+        Args:
+            tensors: the form's state by name, if it is about to have another.
+        """
+        indices = self.indices if tensors is None else tensors.get("indices", self.indices)
+        for name, part, places in self.site.split(indices.to(self.indices.device)):
+            yield Piece(name, part, places)
+
+    def written(self, piece: Piece, originals: Tensor) -> Tensor:
+        """What is to stand in the entries of ``piece``, where the model has ``originals``; both (entries,)."""
+        values = self.values.detach()[piece.part]
+        if not self.relative:
+            return values
+        # entries of another type than the sum's are rounded once, when they are written
+        wide = torch.promote_types(torch.promote_types(originals.dtype, values.dtype), torch.float32)
+        return originals.to(wide) + values.to(wide)
+
+    def collect(self, piece: Piece, gradient: Tensor) -> None:
+        """Add the gradient of the entries of ``piece``, (entries,), to those of what is trained."""
+        self.add_gradient(self.values, piece.part, gradient)
+
+    @staticmethod
+    def add_gradient(parameter: nn.Parameter, part: slice | int, gradient: Tensor) -> None:
+        """Add to a part of a parameter's gradient, if it has one at all."""
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad[part] += gradient.to(parameter.dtype)
+
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """Equal as long as what is to stand in the entries is the same."""
+        return ((id(self.values), self.values._version), (id(self.indices), self.indices._version))
+
+    def stepped(self) -> None:
+        """Called after each step of an optimizer that trains this form; nothing by default."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +153,8 @@ class EntriesSite(Site):
     def selected(self, form: Form) -> tuple[str, ...]:
         """Names of the parameters of which the form has entries; all where it has no values yet (meta)."""
         assert isinstance(form, EntriesForm)
-        return self.names if form.indices.is_meta else tuple(name for name, _, _ in self.split(form.indices))
+        meta = any(value.is_meta for value in form.parameters())
+        return self.names if meta else tuple(piece.name for piece in form.pieces())
 
     def split(self, indices: Tensor) -> Iterator[tuple[str, slice, Tensor]]:
         """Of each parameter with selected entries: name, where they are in ``indices``, and their places in it."""
@@ -114,198 +176,18 @@ class EntriesSite(Site):
         return torch.cat(parts) if parts else indices.new_zeros(0, dtype=self.dtype)
 
     def merge(self, form: Form, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """The parameters with the values in them."""
+        """The parameters with the values in them, as evaluation has them."""
         assert isinstance(form, EntriesForm)
-        merged = {}
-        for name, part, places in self.split(form.indices):
-            value = _parameter(modules, name).detach().clone()
-            value.view(-1)[places] = form.values.detach()[part].to(value.dtype)
-            merged[name] = value
+        merged, training = {}, form.training
+        form.eval()
+        for piece in form.pieces():
+            value = parameter_at(modules, piece.name).detach().clone()
+            flat = value.view(-1)
+            changed = form.written(piece, piece.of(flat)).to(flat)
+            flat[slice(None) if piece.places is None else piece.places.to(flat.device)] = changed
+            merged[piece.name] = value
+        form.train(training)
         return merged
-
-
-@dataclass
-class _Written:
-    """What stands in the parameters: entries, their originals, and of which values, by form."""
-
-    indices: Tensor
-    originals: Tensor
-    versions: list[tuple[int, int]]
-
-
-class EntriesTap(Tap, Writer):
-    """Writes the live forms' values into the parameters, and gathers the gradients."""
-
-    weighted: ClassVar[bool] = True
-    site: EntriesSite
-
-    def __init__(self, site: Site, control: Control) -> None:
-        super().__init__(site, control)
-        self._modules: Mapping[str, nn.Module] = {}
-        self._written: _Written | None = None
-        #: Names of the parameters whose gradients are gathered.
-        self._training: set[str] = set()
-        #: Whether the state that is being loaded is that of the bare model.
-        self._bare = False
-
-    def install(self, modules: Mapping[str, nn.Module]) -> None:
-        """Write, and hook the model so that changed values are written before its next call."""
-        self._modules = {name.rpartition(".")[0]: modules[name.rpartition(".")[0]] for name in self.site.names}
-        self._handles.extend(self.watch(modules, self.site.calls))
-        self.refresh()
-
-    def uninstall(self) -> None:
-        """Put the original entries back."""
-        if self.installed:
-            self._restore()
-            self._stop(self._training)
-            self._training = set()
-            self.stop_following()
-        super().uninstall()
-
-    def refresh(self, stepped: bool = False) -> None:
-        """Write what has changed since it was last written, and see that gradients come."""
-        if self.installed:
-            self.follow_steps()
-        if any(form.indices.is_meta for form, _ in self._live_forms()):
-            return  # a model without values
-        forms = list(self._live_forms())
-        versions = self._versions()
-        if stepped or self._written is None or self._written.versions != versions:
-            self._restore()
-            self._write(forms, versions)
-        trained = [form for form, _ in forms if form.values.requires_grad]
-        used = {name for form in trained for name, _, _ in self.site.split(form.indices)}
-        self._stop(self._training - used)
-        for name in used:
-            parameter = _parameter(self._modules, name)
-            parameter.requires_grad_(True)
-            _hook(parameter, self, name)
-        self._training = used
-
-    def trained(self) -> Iterator[Tensor]:
-        """The live forms' values."""
-        for form, _ in self._live_forms():
-            yield form.values
-
-    def before_loading(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        """Put the originals back, and note those of the entries that will be selected."""
-        self._restore()
-        names = {id(buffer): name for name, buffer in model.named_buffers()}
-        keys = [names.get(id(form.indices), "") for form, _ in self._live_forms()]
-        prefixes = tuple(f"{key.rpartition('.')[0]}." for key in keys)
-        self._bare = not any(key.startswith(prefixes) for key in state)
-        found = [state.get(key, form.indices) for key, (form, _) in zip(keys, self._live_forms(), strict=True)]
-        if found:
-            indices = torch.unique(torch.cat([value.to(self.site.device) for value in found]))
-            self._written = _Written(indices, self.site.gather(self._parameters(), indices), [])
-
-    def after_loading(self) -> None:
-        """What was loaded stands, whether it was the bare model's or holds the values already."""
-        if self._written is None:
-            return
-        if self._bare:
-            self._written.originals = self.site.gather(self._parameters(), self._written.indices)
-        self._written.versions = self._versions()
-
-    def gradient(self, name: str, parameter: Tensor) -> None:
-        """Gather the complete gradient of a parameter, and drop it."""
-        gradient = parameter.grad
-        if gradient is None:
-            return
-        parameter.grad = None
-        flat = gradient.reshape(-1)
-        for form, weight in self._live_forms():
-            values = form.values
-            if not values.requires_grad:
-                continue
-            for other, part, places in self.site.split(form.indices):
-                if other == name:
-                    if values.grad is None:
-                        values.grad = torch.zeros_like(values)
-                    values.grad[part] += weight * flat[places].to(values.dtype)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {name: _parameter(self._modules, name) for name in self.site.names}
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(form.values._version, form.indices._version) for form, _ in self._live_forms()]
-
-    def _stop(self, names: Iterable[str]) -> None:
-        """Gather the gradients of these parameters no longer."""
-        for name in names:
-            parameter = _parameter(self._modules, name)
-            parameter.requires_grad_(False)
-            _unhook(parameter, self)
-
-    def _live_forms(self) -> Iterator[tuple[EntriesForm, float]]:
-        for form, weight in self.live():
-            assert isinstance(form, EntriesForm)
-            yield form, weight
-
-    @torch.no_grad()
-    def _write(self, forms: Sequence[tuple[EntriesForm, float]], versions: list[tuple[int, int]]) -> None:
-        indices = torch.unique(torch.cat([form.indices for form, _ in forms])) if forms else None
-        if indices is None:
-            return
-        originals = self.site.gather(self._parameters(), indices)
-        values = originals.clone()
-        for form, weight in forms:
-            places = torch.searchsorted(indices, form.indices)
-            own = form.values.detach().to(values)
-            if len(forms) == 1 and weight == 1.0:
-                values[places] = own
-            else:
-                values[places] += weight * (own - originals[places])
-        self._put(indices, values)
-        self._written = _Written(indices, originals, versions)
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        if self._written is not None:
-            self._put(self._written.indices, self._written.originals)
-            self._written = None
-
-    def _put(self, indices: Tensor, values: Tensor) -> None:
-        for name, part, places in self.site.split(indices):
-            parameter = _parameter(self._modules, name)
-            # not through the parameter itself: a graph that holds it may still have its backward pass to come
-            flat = parameter.data.view(-1)
-            flat[places.to(flat.device)] = values[part].to(flat)
-
-
-@dataclass(eq=False)
-class _Gather:
-    """Behind a parameter's gradient; Python could not free a parameter that held its tap, which holds its module."""
-
-    tap: weakref.ref[EntriesTap]
-    name: str
-
-    def __call__(self, parameter: Tensor) -> None:
-        tap = self.tap()
-        if tap is not None:
-            tap.gradient(self.name, parameter)
-
-
-def _hook(parameter: nn.Parameter, tap: EntriesTap, name: str) -> None:
-    """Gather the parameter's gradient, unless it is gathered already; a copy of a model has lost its hooks."""
-    present = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    if not any(isinstance(hook, _Gather) and hook.tap() is tap for hook in present.values()):
-        register: Any = parameter.register_post_accumulate_grad_hook
-        register(_Gather(weakref.ref(tap), name))
-
-
-def _unhook(parameter: nn.Parameter, tap: EntriesTap) -> None:
-    present = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    for key in [key for key, hook in present.items() if isinstance(hook, _Gather) and hook.tap() is tap]:
-        del present[key]
-
-
-def _parameter(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
-    owner, _, attribute = name.rpartition(".")
-    parameter = modules[owner]._parameters[attribute]
-    assert parameter is not None
-    return parameter
 
 
 def entries_site(model: nn.Module, anatomy: Anatomy) -> EntriesSite:

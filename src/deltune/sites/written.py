@@ -51,6 +51,12 @@ class Writer(ABC):
     def after_loading(self) -> None:
         """It has."""
 
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refresh, if ``optimizer`` trains what the written values are made of."""
+        ours = {id(value) for value in self.trained()}
+        if any(id(value) in ours for group in optimizer.param_groups for value in group["params"]):
+            self.refresh(stepped=True)
+
     def watch(self, modules: Mapping[str, nn.Module], calls: Iterable[str]) -> list[RemovableHandle]:
         """Hook the model.
 
@@ -106,11 +112,8 @@ class _AfterStep:
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         writer = self.writer()
-        if writer is None:
-            return
-        ours = {id(value) for value in writer.trained()}
-        if any(id(value) in ours for group in optimizer.param_groups for value in group["params"]):
-            writer.refresh(stepped=True)
+        if writer is not None:
+            writer.after_step(optimizer)
 
 
 @dataclass

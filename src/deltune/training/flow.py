@@ -99,8 +99,14 @@ class Flow(TrainerCallback):  # type: ignore[misc]
         control.should_log = step % self.log_every == 0 or control.should_evaluate or control.should_save
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Keep the weights if they are the best; stop if there has been no progress for long."""
+        """Keep the weights if they are the best; stop if there has been no progress for long.
+
+        Weights that would be saved as something else than was measured are not compared with others.
+        """
         assert self.metric is not None
+        if not all(self.tuned.attachments[name].settled for name in self.tuned.active):
+            self.metrics = dict(metrics)
+            return
         value = metrics[self.metric]
         if self.best is None or self.sign * value > self.sign * self.best:
             self.best, self.best_step, self.without_improvement = value, state.global_step, 0

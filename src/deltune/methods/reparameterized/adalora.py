@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy, Targets
 from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
-from deltune.methods.options import option
+from deltune.methods.options import check_steps, number_of_steps, option
 from deltune.methods.registry import register
 from deltune.methods.reparameterized.lora import LoRA
 from deltune.methods.reparameterized.low_rank import RankPattern, checked_rank
@@ -130,9 +130,7 @@ class AdaLoRA(Method):
                 f"adalora: target_rank is {self.target_rank} and initial_rank {self.initial_rank}, but the budget can "
                 "only shrink. Raise initial_rank; one and a half times the target is usual."
             )
-        for label, value in (("initial", self.initial), ("final", self.final)):
-            if value >= 1 and value != int(value):
-                raise MethodError(f"adalora: {label} is {value}: give a share below 1, or a whole number of steps.")
+        check_steps(self.name, initial=self.initial, final=self.final)
 
     @property
     def _file_alpha(self) -> float:
@@ -175,7 +173,7 @@ class AdaLoRA(Method):
             )
         if steps is not None and total > steps:
             raise MethodError(f"adalora: total_steps is {total}, but training has {steps} steps. Leave it out.")
-        initial, final = (int(value if value >= 1 else value * total) for value in (self.initial, self.final))
+        initial, final = (number_of_steps(value, total) for value in (self.initial, self.final))
         if initial + final >= total:
             raise MethodError(
                 f"adalora: the phases initial ({initial} steps) and final ({final} steps) leave nothing of {total} "

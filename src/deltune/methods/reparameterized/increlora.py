@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy, Targets
 from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
-from deltune.methods.options import option
+from deltune.methods.optimizer_groups import join, leave, restore_groups, split_groups
+from deltune.methods.options import check_steps, number_of_steps, option
 from deltune.methods.registry import register
-from deltune.methods.reparameterized.growth import GrowthSchedule, join, leave, restore_groups, split_groups
+from deltune.methods.reparameterized.growth import GrowthSchedule
 from deltune.methods.reparameterized.incremental_triplets import IncrementalTriplets, grow
 from deltune.methods.reparameterized.lora import LoRA
 from deltune.methods.reparameterized.low_rank import RankPattern, checked_rank
@@ -147,10 +148,7 @@ class IncreLoRA(Method):
                 f"increlora: target_rank is {self.target_rank} and initial_rank {self.initial_rank}, but ranks can "
                 "only grow. Raise target_rank, or lower initial_rank."
             )
-        for label in ("initial", "final", "warmup"):
-            value = getattr(self, label)
-            if value >= 1 and value != int(value):
-                raise MethodError(f"increlora: {label} is {value}: give a share below 1, or a whole number of steps.")
+        check_steps(self.name, initial=self.initial, final=self.final, warmup=self.warmup)
 
     @property
     def _added(self) -> int:
@@ -213,9 +211,9 @@ class IncreLoRA(Method):
             len(triplets),
             added=self._added,
             total=steps,
-            initial=_steps(self.initial, steps),
-            final=_steps(self.final, steps),
-            warmup=_steps(self.warmup, steps),
+            initial=number_of_steps(self.initial, steps),
+            final=number_of_steps(self.final, steps),
+            warmup=number_of_steps(self.warmup, steps),
             interval=self.interval,
             top=self.top,
         )
@@ -246,7 +244,7 @@ class IncreLoRA(Method):
                 if sum(form.rank for form in triplets) >= schedule.target:
                     leave(optimizer, [value for form in triplets for value in form.finish()])
             if first or schedule.grows(step):
-                join(optimizer, [(list(form.a), list(form.b), list(form.lambdas)) for form in triplets])
+                join(optimizer, [(list(form.a), list(form.b), list(form.lambdas)) for form in triplets], self.name)
         multipliers = {}
         for form in triplets:
             for value, joined in form.trained_since():
@@ -268,11 +266,6 @@ class IncreLoRA(Method):
             rank_pattern=RankPattern.text(final_ranks(forms), self.target_rank),
             targets=self.targets,
         )
-
-
-def _steps(value: float, total: int) -> int:
-    """A number of steps, given as such or as a share of all."""
-    return int(value if value >= 1 else value * total)
 
 
 def _triplets(forms: Mapping[str, Form]) -> list[IncrementalTriplets]:

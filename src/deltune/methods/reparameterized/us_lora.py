@@ -143,8 +143,7 @@ class ULoRA(_SearchedLoRA):
 
     When to use:
         To learn where a low-rank change has to act, entry by entry. Its file is that of a LoRA, as large as the
-        components in which anything is left: where space matters, take ``s-lora``, or ``u-bitfit``. If the best weights
-        of all evaluations are kept, they may be from before the end of the search, and hold more.
+        components in which anything is left: where space matters, take ``s-lora``, or ``u-bitfit``.
 
     Cost:
         Parameters: r (d_in + d_out) for each matrix while searching; ``budget`` of them train in the end. BERT-base,

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from deltune.backbone import Anatomy, Targets, anatomy_of
 from deltune.errors import MethodError
@@ -15,6 +14,7 @@ from deltune.methods.base import Method, Paper, Placement
 from deltune.methods.fisher_information import fisher_information
 from deltune.methods.options import option
 from deltune.methods.registry import register
+from deltune.methods.selective.greatest import greatest
 from deltune.sites import EntriesForm, EntriesSite, Form, Insertion, entries_below, entries_site
 
 __all__ = ["FishMask"]
@@ -103,7 +103,7 @@ class FishMask(Method):
         site = entries_site(model, anatomy)
         parameters = _parameters(model, site)
         weights = {name: parameters[name].detach().abs() for name in entries_below(model, anatomy, site, self.targets)}
-        indices = _greatest(weights, self._count(model, anatomy), site.starts)
+        indices = greatest(weights, self._count(model, anatomy), site.starts)
         yield Placement(site, EntriesForm(site, indices, site.gather(parameters, indices)))
 
     def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
@@ -128,7 +128,7 @@ class FishMask(Method):
                     power=self.power,
                     labels=self.labels,
                 )
-                indices = _greatest(information, len(form.indices), site.starts)
+                indices = greatest(information, len(form.indices), site.starts)
                 form.select(indices, site.gather(parameters, indices))
 
     def _count(self, model: nn.Module, anatomy: Anatomy) -> int:
@@ -145,26 +145,3 @@ class FishMask(Method):
 
 def _parameters(model: nn.Module, site: EntriesSite) -> dict[str, nn.Parameter]:
     return {name: model.get_parameter(name) for name in site.names}
-
-
-def _greatest(scores: Mapping[str, Tensor], count: int, starts: Mapping[str, int]) -> Tensor:
-    """Positions of the ``count`` greatest scores of all parameters together, ascending.
-
-    Args:
-        scores: by parameter.
-        count: how many.
-        starts: position of the first entry of each parameter.
-
-    Raises:
-        MethodError: if there are fewer.
-    """
-    total = sum(value.numel() for value in scores.values())
-    if count > total:
-        raise MethodError(f"{count:,} entries cannot be selected of {total:,}. Take a smaller ratio, or more targets.")
-    values, places = [], []
-    for name, value in scores.items():
-        best = value.reshape(-1).float().topk(min(count, value.numel()))
-        values.append(best.values)
-        places.append(best.indices + starts[name])
-    chosen = torch.cat(values).topk(count).indices
-    return torch.cat(places)[chosen].sort().values

@@ -209,8 +209,7 @@ class UBitFit(_SearchedBitFit):
 
     When to use:
         Where a task must fit into a few kilobytes, or to learn which biases matter for it. What was found for one
-        task can be trained for another: ``architecture=FOLDER``. If the best weights of all evaluations are kept, they
-        may be from before the end of the search, and hold more.
+        task can be trained for another: ``architecture=FOLDER``.
 
     Cost:
         Parameters: while searching as BitFit; ``budget`` of them in the end. BERT-base at 0.1: 10,291 of 102,912.
