@@ -62,6 +62,20 @@ EVERYWHERE = (
 #: The other methods share their mechanisms: at every commit they are tested on these, and by the slow tests on all.
 REPRESENTATIVE = ("bert", "gpt2", "llama-gqa", "t5", "vit")
 
+#: Each shares its forms' code with another method here, which is tested on all those; these are tested on two of them.
+SIBLINGS = (
+    "attempt",
+    "attention-fusion-residual",
+    "dylora",
+    "lora-decomposed",
+    "parallel-adapter-heads",
+    "pfeiffer-adapter",
+    "prefix-tuning-shifted",
+    "s-bitfit",
+    "s-lora",
+)
+OF_SIBLINGS = ("bert", "llama-gqa")
+
 # whatever else is registered is tested with its defaults
 METHODS |= {name: name for name in all_methods() if name not in (*METHODS, Sum.name)}
 
@@ -202,7 +216,8 @@ def cases(
                 found.left_out.append((name, architecture.name, reason))
                 continue
             case = Case(name, architecture)
-            marks = () if name in EVERYWHERE or architecture.name in REPRESENTATIVE else (pytest.mark.slow,)
+            quick = OF_SIBLINGS if name in SIBLINGS else REPRESENTATIVE
+            marks = () if name in EVERYWHERE or architecture.name in quick else (pytest.mark.slow,)
             if paddings is None:
                 found.append(pytest.param(case, id=f"{name}-{architecture.name}", marks=marks))
             for padding in () if paddings is None else paddings(architecture):
