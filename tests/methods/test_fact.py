@@ -181,10 +181,10 @@ def test_11_shared_factors_are_stored_once_and_shared_again(decomposition: str, 
 # -- options, types, several attachments -------------------------------------------------------------------------
 
 
-def test_the_defaults_are_the_authors() -> None:
+def test_the_defaults_are_the_authors_but_for_the_rate() -> None:
     method = deltune.FacT()
     assert (method.decomposition, method.rank, method.scale, method.dropout) == ("tensor-train", 8, 1, 0.1)
-    assert (method.learning_rate, method.weight_decay) == (1e-3, 1e-4)
+    assert (method.learning_rate, method.weight_decay) == (3e-3, 1e-4)
 
 
 @pytest.mark.parametrize(

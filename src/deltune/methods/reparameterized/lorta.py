@@ -95,7 +95,7 @@ class LoRTA(Method):
     paper: ClassVar[Paper] = Paper(
         "Hounie et al.", "LoRTA: Low Rank Tensor Adaptation of Large Language Models", 2024, "2410.04060"
     )
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     mergeable: ClassVar[bool] = True
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
