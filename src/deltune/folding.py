@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltune.attachment import Attachment
 from deltune.errors import StateError
 
-__all__ = ["Folded", "fold"]
+__all__ = ["Folded", "fold", "refuse_tied"]
 
 
 @dataclass
@@ -42,11 +42,7 @@ def fold(attachments: Iterable[Attachment], modules: Mapping[str, nn.Module]) ->
                 raise StateError(
                     f"Several active attachments change {name}; merge them one after the other with reversible=False."
                 )
-            if (
-                name not in (*attachment.selection.values, *attachment.selected_names)
-                and len(_places(name, modules)) > 1
-            ):
-                raise StateError(f"{name} is tied to another parameter; merging would change that one too.")
+            refuse_tied(attachment, name, modules)
             values[name] = value
     originals: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for name, value in values.items():
@@ -55,6 +51,17 @@ def fold(attachments: Iterable[Attachment], modules: Mapping[str, nn.Module]) ->
             originals.append((module, attribute, module._parameters[attribute]))
             module._parameters[attribute] = parameter
     return Folded(originals)
+
+
+def refuse_tied(attachment: Attachment, name: str, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse to change a parameter that another module has too, unless the method changes the parameter itself.
+
+    Raises:
+        StateError: if so.
+    """
+    own = (*attachment.selection.values, *attachment.selected_names)
+    if name not in own and len(_places(name, modules)) > 1:
+        raise StateError(f"{name} is tied to another parameter; merging would change that one too.")
 
 
 def _places(name: str, modules: Mapping[str, nn.Module]) -> list[tuple[nn.Module, str]]:

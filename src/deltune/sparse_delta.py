@@ -1,8 +1,8 @@
 """What tuning changed in a model's parameters, entry by entry: to look at, to calculate with, to write into a model.
 
 Any delta that can be merged is such a change; those of selected entries, masks and biases are small ones. Changes are
-differences in float64, in which the difference of two float32 (or shorter) numbers of like size is exact: a base model
-and its change give the tuned values to the bit.
+differences in float64, in which the difference of two float32 (or shorter) numbers is exact unless one is 2^29 times
+the other: a base model and its change give the tuned values to the bit. Zeros of both signs count as equal.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ class SparseDelta:
             for name, found in self.entries.items():
                 flat = parameters[name].data.view(-1)
                 places = found.indices.to(flat.device)
+                applied.parameters[name] = parameters[name]
                 applied.originals[name] = flat[places].clone()
                 flat[places] = (flat[places].double() + found.changes.to(flat.device)).to(flat.dtype)
         _applied.setdefault(model, []).append(applied)
@@ -229,13 +230,15 @@ class Applied:
     def __init__(self, model: nn.Module, delta: SparseDelta) -> None:
         self.model = weakref.ref(model)
         self.delta = delta
+        self.parameters: dict[str, Tensor] = {}
         self.originals: dict[str, Tensor] = {}
 
     def revert(self) -> None:
         """Take the changes out again: every entry has the value that it had before, bit for bit.
 
         Raises:
-            StateError: if others were written on top of them since, or they were taken out already.
+            StateError: if others were written on top of them since, they were taken out already, or another parameter
+                stands in the place of a changed one.
         """
         model = self.model()
         stack = [] if model is None else _applied.get(model, [])
@@ -247,10 +250,16 @@ class Applied:
                 f"{len(later)} more changes were written into the model after these. Take those out first, the last "
                 "one before the others."
             )
+        present = dict(model.named_parameters(remove_duplicate=False))
+        replaced = [name for name, value in self.parameters.items() if present.get(name) is not value]
+        if replaced:
+            raise StateError(
+                f"Another parameter stands in the place of {replaced[0]} since these changes were written: something "
+                "was attached, activated or merged. Undo that first."
+            )
         stack.pop()
-        parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, found in self.delta.entries.items():
-            flat = parameters[name].data.view(-1)
+            flat = self.parameters[name].data.view(-1)
             flat[found.indices.to(flat.device)] = self.originals[name].to(flat)
 
 
@@ -270,5 +279,7 @@ def _check(name: str, found: Entries, parameters: Mapping[str, Tensor]) -> None:
         )
     if tuple(value.shape) != found.shape:
         raise StateError(f"{name} is {tuple(value.shape)} in the model, and {found.shape} in the changes.")
+    if not value.is_contiguous():
+        raise StateError(f"{name} does not lie in one piece in memory: make it so with value.contiguous() first.")
     if not value.dtype.is_floating_point:
         raise StateError(f"{name} is stored as {value.dtype}: changes cannot be written into it. Dequantise the model.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deltune.checkpoints import write
 from deltune.errors import StateError
-from deltune.folding import fold
+from deltune.folding import fold, refuse_tied
 from deltune.frozen_states import FrozenStates, frozen_states
 from deltune.methods import Method
 from deltune.model_hooks import StepHooks, total_penalty
@@ -232,14 +232,15 @@ class Tuned(Switchboard):
             head: whether those of the task head are among them.
 
         Raises:
-            StateError: if merged, if several are live and none is named, if the method cannot be merged, or if the
-                original values are lost (``reversible=False``).
+            StateError: if merged, if several are live and none is named, if the method cannot be merged or changes a
+                matrix that is tied to another one, or if the original values are lost (``reversible=False``).
         """
         self._refuse_while_merged("compare with the original")
         attachment = self._attachment(self._one(name, "compare"))
         with self.disabled():
             found = {}
             for key, value in attachment.merged(self._modules).items():
+                refuse_tied(attachment, key, self._modules)
                 if head or key not in attachment.head_names:
                     owner, _, attribute = key.rpartition(".")
                     original = self._modules[owner]._parameters[attribute]

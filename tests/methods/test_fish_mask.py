@@ -373,12 +373,12 @@ def test_a_model_that_nobody_has_any_more_is_freed() -> None:
     hooks = len(_global_optimizer_post_hooks)
     tuned, batch, _ = masked()
     steps(tuned, batch)
-    assert len(_global_optimizer_post_hooks) == hooks + 1
+    # none of its own: PyTorch goes through these when a step ends, and would stumble over one that leaves meanwhile
+    assert len(_global_optimizer_post_hooks) == hooks
     alive = weakref.ref(tuned.model)
     del tuned
     gc.collect()
     assert alive() is None
-    assert len(_global_optimizer_post_hooks) == hooks
 
 
 def test_a_call_of_a_part_of_the_model_sees_changed_values() -> None:

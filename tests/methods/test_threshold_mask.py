@@ -23,7 +23,7 @@ from deltune.measure import SavedTensors
 from deltune.methods.selective.threshold_mask import PackedMask, ScoredMask, pack, unpack
 from deltune.sites import MaskForm, MaskSite
 from tests.assets import asset
-from tests.methods.common import build, loss_of, output, relative_error
+from tests.methods.common import attached, bits, build, loss_of, output, relative_error, train
 from tests.training import tiny
 from tests.training.test_fit import StopAt, run
 from tests.zoo import ARCHITECTURES
@@ -667,3 +667,21 @@ def test_masks_of_a_real_encoder_are_small_and_exact(tmp_path: Path) -> None:
     assert torch.equal(output(model, ids), expected["m1"])
     handle.detach()
     assert all(torch.equal(value, bare[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["threshold-mask(zeros_at_start=0.3)", "fish-mask(ratio=0.1)", "diff-pruning"])
+def test_what_is_not_loaded_stays_as_it_was(method: str) -> None:
+    """A state of the head alone changes neither what acts nor the originals."""
+    tuned, batch = attached("bert", method)
+    with tuned.disabled():
+        before = bits(tuned.model)
+    train(tuned, batch)
+    tuned.model.eval()
+    expected = output(tuned.model, batch)
+    head = {name: value.clone() for name, value in tuned.model.state_dict().items() if name.startswith("classifier")}
+    tuned.model.load_state_dict(head, strict=False)
+    assert torch.equal(output(tuned.model, batch), expected)
+    tuned.model.load_state_dict({}, strict=False)
+    assert torch.equal(output(tuned.model, batch), expected)
+    with tuned.disabled():
+        assert all(torch.equal(value, before[name]) for name, value in tuned.model.state_dict().items())

@@ -269,9 +269,9 @@ def test_training_begins_anew_with_what_was_found() -> None:
 
 @pytest.mark.parametrize("method", ["u-bitfit(budget=0.2)", "s-bitfit(budget=0.3)"])
 def test_invariant_08_a_scaled_loss_chooses_the_same(method: str) -> None:
-    """Adam's steps do not depend on the scale, up to its epsilon."""
-    _, _, one = search(method, eps=0, weight_decay=0)
-    _, _, other = search(method, scale=8.0, eps=0, weight_decay=0)
+    """Adam's steps do not depend on the scale, but for its epsilon, which is next to nothing here."""
+    _, _, one = search(method, eps=1e-30, weight_decay=0)
+    _, _, other = search(method, scale=8.0, eps=1e-30, weight_decay=0)
     assert all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
 
 
@@ -330,10 +330,55 @@ def test_an_architecture_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     found.save(tmp_path / "delta")
     with pytest.raises(MethodError, match=r"holds a delta of s-bitfit, not of a finished search of u-bitfit"):
         attached("bert", f"u-bitfit(architecture='{tmp_path / 'delta'}')")
-    with pytest.raises(MethodError, match=r"this model has no bias .* to train.*kind of model"):
-        attached("gpt2", f"s-bitfit(architecture='{tmp_path / 'delta'}')")
+    with pytest.raises(MethodError, match=r"this model has no bias .* to train.*the targets"):
+        attached("bert", f"s-bitfit(architecture='{tmp_path / 'delta'}', targets=attention.key)")
+    for other in (build("gpt2"), build("bert", hidden_size=64)):
+        with pytest.raises(CheckpointError, match="trained on"):
+            deltune.attach(other, f"s-bitfit(architecture='{tmp_path / 'delta'}')")
+    unfinished, _ = attached("bert", "s-bitfit(budget=0.3)")
+    unfinished.save(tmp_path / "unfinished")
+    with pytest.raises(MethodError, match="not of a finished search"):
+        attached("bert", f"s-bitfit(architecture='{tmp_path / 'unfinished'}')")
     with pytest.raises(CheckpointError, match="does not exist"):
         attached("bert", f"s-bitfit(architecture='{tmp_path / 'none'}')")
+
+
+@pytest.mark.parametrize("method", ["u-bitfit(budget=0.1)", "s-bitfit(budget=0.3)"])
+def test_a_second_training_goes_on_with_what_was_found(method: str) -> None:
+    tuned, batch, left = search(method)
+    before = bits(tuned.model)
+    optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-2)
+    tuned.bind(optimizer, 40)  # the search of so long a training would not be over yet
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss_of(tuned.model, batch).backward()
+        optimizer.step()
+        assert torch.equal(form_of(tuned).kept, left[-1])
+        assert not all(torch.equal(value, before[name]) for name, value in form_of(tuned)._biases.items())
+    with tuned.disabled():
+        start = bits(tuned.model)
+    assert sum(int((value != start[name]).sum()) for name, value in form_of(tuned)._biases.items()) == int(
+        left[-1].sum()
+    )
+
+
+@pytest.mark.parametrize("method", ["u-bitfit(budget=0.2)", "s-bitfit(budget=0.3)"])
+def test_scores_stay_float32_where_the_model_is_cast(method: str) -> None:
+    tuned, batch = attached("bert", method)
+    tuned.model.to(torch.bfloat16)
+    assert form_of(tuned).score.dtype == torch.float32
+    optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-2)
+    tuned.bind(optimizer, 6)
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss_of(tuned.model, batch).backward()
+        optimizer.step()
+    assert 0 < int(form_of(tuned).kept.sum()) <= round(0.3 * form_of(tuned).kept.numel())
+
+
+def test_scores_that_are_no_numbers_choose_nothing() -> None:
+    with pytest.raises(MethodError, match="not finite numbers: training has diverged"):
+        prune([scored(torch.tensor([1.0, float("nan")]), 2)], 1, structured=False, owner="test")
 
 
 def test_invariant_11_of_equal_scores_the_first_stay() -> None:
@@ -412,6 +457,9 @@ def test_whoever_binds_says_how_long() -> None:
         tuned.bind(optimizer)
     with pytest.raises(MethodError, match="needs three steps at least"):
         tuned.bind(optimizer, 2)
+    small, _ = attached("bert", "s-bitfit(budget=0.001)")
+    with pytest.raises(MethodError, match=r"holds nothing: the smallest vector has"):
+        small.bind(torch.optim.AdamW(small.trainable_parameters()), 10)
     with pytest.raises(MethodError, match=r"warm_up is 0\.5 .* search ends after 0\.4"):
         deltune.UBitFit(warm_up=0.5)
 

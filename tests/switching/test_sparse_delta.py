@@ -148,6 +148,41 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
         tuned.changes()
 
 
+def test_a_tied_matrix_is_refused_as_in_merging() -> None:
+    tuned, _ = attached("gpt2", "lora(rank=2, targets=embeddings)")
+    with pytest.raises(StateError, match="tied to another parameter"):
+        tuned.changes()
+
+
+def test_changes_are_not_taken_out_of_another_parameter() -> None:
+    model = build("bert")
+    name = "bert.encoder.layer.0.output.dense.bias"
+    before = bits(model)
+    found = Entries(tuple(before[name].shape), torch.tensor([1]), torch.tensor([0.5]).double())
+    applied = SparseDelta({name: found}).apply(model)
+    tuned = deltune.attach(model, "bitfit")
+    with pytest.raises(StateError, match=rf"Another parameter stands in the place of {name}"):
+        applied.revert()
+    tuned.detach()
+    applied.revert()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_parameters_in_pieces_are_refused_before_anything_is_written() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 4, 2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    before = bits(model)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    delta = SparseDelta(
+        {
+            name: Entries(shapes[name], torch.tensor([1]), torch.tensor([0.5]).double())
+            for name in ("0.bias", "1.weight")
+        }
+    )
+    with pytest.raises(StateError, match=r"1\.weight does not lie in one piece"):
+        delta.apply(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     tuned, batch = attached("bert", "fish-mask(ratio=0.1)")
     train(tuned, batch)

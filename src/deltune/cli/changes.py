@@ -24,7 +24,7 @@ def changes(
     """Show how much each parameter moved, by layer and kind: the mean of |tuned - original| over its entries.
 
     This is how BitFit's authors found which biases matter. With --count: how many entries differ, which is what
-    u-bitfit, s-bitfit and the masks choose. The task head is left out.
+    u-bitfit, s-bitfit and the masks choose. Parameters that did not move are left out, and the task head.
     """
     check_picture(picture)
     tuned = load_delta(model, delta, "cpu").tuned

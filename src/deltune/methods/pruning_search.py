@@ -10,8 +10,9 @@ harm, which have a negative one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +61,15 @@ class Candidates(nn.Module):
     """Part of a form whose trained values are candidates of a search.
 
     Buffers hold, for all values flattened and put one behind the other, (N,): ``start``, what each began with;
-    ``kept``, whether it is left; ``score``, the sum of its scores. ``observed`` () counts the steps in that sum.
+    ``kept``, whether it is left; ``score``, the sum of its scores, float32. ``observed`` () counts the steps in that
+    sum, ``finished`` () says whether the search is over.
     """
 
     start: Tensor
     kept: Tensor
     score: Tensor
     observed: Tensor
+    finished: Tensor
     schedule: PruningSchedule | None
 
     def begin_search(self, values: Sequence[Tensor], vectors: Tensor) -> None:
@@ -76,13 +79,24 @@ class Candidates(nn.Module):
             values: the trained tensors, as they are at the start; :meth:`searched` gives the same ones.
             vectors: of each candidate the number of the vector that it belongs to, (N,), for structured pruning.
         """
-        flat = torch.cat([value.detach().reshape(-1) for value in values])
+        flat = torch.cat([value.detach().reshape(-1).to(values[0].device) for value in values])
         self.vectors = vectors.cpu()
         self.schedule = None
         self.register_buffer("start", flat.clone())
         self.register_buffer("kept", torch.ones_like(flat, dtype=torch.bool))
         self.register_buffer("score", torch.zeros_like(flat, dtype=torch.float32))
         self.register_buffer("observed", torch.zeros((), dtype=torch.int64, device=flat.device))
+        self.register_buffer("finished", torch.zeros((), dtype=torch.bool, device=flat.device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        score = self._buffers.pop("score", None)
+        apply: Any = super()._apply
+        moved: Self = apply(fn, recurse)
+        if score is not None:
+            # a sum over many steps stays float32, wherever the model goes
+            there = fn(score)
+            self.register_buffer("score", there if there.dtype == score.dtype else score.to(there.device))
+        return moved
 
     def searched(self) -> Sequence[nn.Parameter]:
         """The trained tensors of which the candidates are entries."""
@@ -131,7 +145,7 @@ class Candidates(nn.Module):
         Of those that are dropped already the size is zero.
         """
         kept = self.kept.cpu()
-        score = (self.score.cpu() / self.observed.clamp(min=1).cpu()) * kept
+        score = torch.where(kept, self.score.cpu() / self.observed.clamp(min=1).cpu(), 0)
         if not structured:
             return score, kept.long()
         count = int(self.vectors.max()) + 1
@@ -167,6 +181,11 @@ def prune(forms: Sequence[Candidates], left: int, structured: bool, owner: str) 
     """
     found = [form.scores(structured) for form in forms]
     scores, sizes = (torch.cat(list(column)) for column in zip(*found, strict=True))
+    if not bool(scores.isfinite().all()):
+        raise MethodError(
+            f"{owner}: some scores are not finite numbers: training has diverged. Lower the learning rate, or train in "
+            "float32."
+        )
     if not scores.any():
         raise MethodError(
             f"{owner}: no candidate has a score, so there is nothing to choose by. Did gradients reach the model, and "
@@ -221,10 +240,8 @@ class PruningSearch(Method):
         return False
 
     def settled(self, forms: Mapping[str, Form]) -> bool:
-        """Whether the budget is met."""
-        searching = self.searching(forms)
-        left = sum(int(form.kept.sum()) for form in searching)
-        return self.is_found() or left <= self._target(searching)
+        """Whether there is nothing to search for any more."""
+        return self.is_found() or self.budget == 1 or all(bool(form.finished) for form in self.searching(forms))
 
     def _target(self, searching: Sequence[Candidates]) -> int:
         return max(1, round(self.budget * sum(form.kept.numel() for form in searching)))
@@ -232,10 +249,16 @@ class PruningSearch(Method):
     def begin(self, forms: Mapping[str, Form], steps: int | None) -> None:
         """Lay out the schedule.
 
+        A handle whose search is over trains what was found.
+
         Raises:
-            MethodError: if nobody says how many steps there are, or they are too few.
+            MethodError: if nobody says how many steps there are, they are too few, or the budget is too small for
+                anything.
         """
-        if self.is_found() or self.budget == 1:
+        searching = self.searching(forms)
+        if self.settled(forms):
+            for form in searching:
+                form.schedule = None
             return
         if steps is None:
             raise MethodError(
@@ -249,8 +272,13 @@ class PruningSearch(Method):
         last = min(max(2, round(self.search * steps)), steps - 1)
         # before the second step all updates are zero
         first = min(max(2, round(self.warm_up * steps)), last)
-        searching = self.searching(forms)
         total = sum(form.kept.numel() for form in searching)
+        smallest = min(int(form.scores(self.structured)[1].min()) for form in searching)
+        if smallest > self._target(searching):
+            raise MethodError(
+                f"{self.name}: a budget of {self._target(searching)} values holds nothing: the smallest vector has "
+                f"{smallest}. Raise the budget."
+            )
         for form in searching:
             form.schedule = PruningSchedule(total, self._target(searching), first, last, self.events)
 
@@ -270,7 +298,7 @@ class PruningSearch(Method):
         searching = self.searching(forms)
         for form in searching:
             form.hold()
-        if self.is_found() or self.budget == 1:
+        if self.settled(forms):
             return
         schedule = searching[0].schedule
         if schedule is None:
@@ -278,6 +306,8 @@ class PruningSearch(Method):
         left = schedule.left_after(step)
         if left is not None:
             prune(searching, left, self.structured, self.name)
-        if step == schedule.last and self.restart:
+        if step == schedule.last:
             for form in searching:
-                form.restart(optimizer)
+                form.finished.fill_(True)
+                if self.restart:
+                    form.restart(optimizer)

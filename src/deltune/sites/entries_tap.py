@@ -50,12 +50,13 @@ class EntriesTap(Tap, Writer):
         self._written: list[Any] | None = None
         #: Names of the parameters whose gradients are gathered.
         self._training: set[str] = set()
-        #: Whether the state that is being loaded is that of the bare model.
+        #: Whether the state that is being loaded is that of the bare model, and whose values are in it.
         self._bare = False
+        self._loaded: frozenset[str] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         # the forms of a copy are other objects
-        return {**super().__getstate__(), "_changed": {}, "_written": None}
+        return {**vars(self), "_changed": {}, "_written": None}
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         """Write, and hook the model so that changed values are written before its next call."""
@@ -113,6 +114,9 @@ class EntriesTap(Tap, Writer):
     def before_loading(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Put the originals back, and note those of the entries that will be selected."""
         self._write({})
+        # a tied parameter may come under any of its names
+        coming_in = {id(value) for key, value in model.named_parameters(remove_duplicate=False) if key in state}
+        self._loaded = frozenset(name for name in self.site.names if id(parameter_at(self._modules, name)) in coming_in)
         names = {id(module): f"{name}." for name, module in model.named_modules()}
         self._bare = True
         coming: _Changes = {}
@@ -130,6 +134,12 @@ class EntriesTap(Tap, Writer):
             self._originals = {name: self._take(name, old.places) for name, old in self._originals.items()}
         self._changed = self._changes()
         self._written = self._states()
+        with torch.no_grad():
+            for name, several in self._changed.items():
+                if name not in self._loaded:  # it holds the original, which was put back
+                    places = _places(several)
+                    self._originals[name] = self._take(name, places)
+                    self._put(name, places, _sum(several, self._originals[name]))
 
     def gradient(self, name: str, parameter: Tensor) -> None:
         """Gather the complete gradient of a parameter, and drop it."""

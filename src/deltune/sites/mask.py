@@ -210,6 +210,8 @@ class _MaskedMatrices(Writer):
         self._modules = modules
         self._taps: list[MaskTap] = []
         self._handles: list[Any] = []
+        #: Names of the masked modules whose weights are being loaded.
+        self._loaded: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, modules: Mapping[str, nn.Module], calls: Iterable[str]) -> Self:
@@ -267,18 +269,22 @@ class _MaskedMatrices(Writer):
     def before_loading(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """See to it that afterwards only what was loaded differs."""
         self.refresh()
+        self._loaded = frozenset(name for name in self.originals if f"{name}.weight" in state)
 
     @torch.no_grad()
     def after_loading(self) -> None:
         """Take loaded weights for the originals: all of them, or where masks came along, those that are kept."""
         before = {}
-        for name, original in self.originals.items():
+        for name in self._loaded:
+            original = self.originals[name]
             self._follow(name)
             before[name] = original.detach().clone()
             original.data.copy_(self._weight(name))
         if all(tap.versions == tap.present(self._weight(tap.site.module)) for tap in self._taps):
             return  # it was the bare model's state
         for tap in self._taps:
+            if tap.site.module not in before:
+                continue
             loaded, earlier = (tap.site.own(values[tap.site.module]) for values in (self.originals, before))
             masks = list(tap.masks())
             # several masks leave it open what each has dropped

@@ -25,12 +25,6 @@ __all__ = ["Writer", "versions_of"]
 class Writer(ABC):
     """Writes values into the parameters of one model, for as long as it watches that model."""
 
-    _step: RemovableHandle | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy follows optimizers by a hook of its own
-        return {**vars(self), "_step": None}
-
     @abstractmethod
     def refresh(self, stepped: bool = False) -> None:
         """Write what has changed since it was last written.
@@ -73,15 +67,11 @@ class Writer(ABC):
 
     def follow_steps(self) -> None:
         """Refresh after each step that changes what is trained: whoever reads the parameters then finds them so."""
-        if self._step is None:
-            self._step = register_optimizer_step_post_hook(_AfterStep(weakref.ref(self)))
-            weakref.finalize(self, self._step.remove)
+        _following.add(self)
 
     def stop_following(self) -> None:
         """Undo :meth:`follow_steps`."""
-        if self._step is not None:
-            self._step.remove()
-            self._step = None
+        _following.discard(self)
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
@@ -101,19 +91,18 @@ class Refresh:
         _refresh(self.writer)
 
 
-@dataclass
-class _AfterStep:
-    """After a step of any optimizer.
+#: Writers that follow optimizers, as long as somebody has them.
+_following: weakref.WeakSet[Writer] = weakref.WeakSet()
 
-    PyTorch holds this for all optimizers; it must not keep a model alive that nobody else has any more.
-    """
 
-    writer: weakref.ref[Writer]
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step of any optimizer."""
+    for writer in list(_following):
+        writer.after_step(optimizer)
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        writer = self.writer()
-        if writer is not None:
-            writer.after_step(optimizer)
+
+# once for all: PyTorch goes through its hooks when a step ends, and none may come or go meanwhile
+register_optimizer_step_post_hook(_after_step)
 
 
 @dataclass
@@ -122,8 +111,10 @@ class _BeforeLoading:
 
     writer: Writer
 
-    def __call__(self, module: nn.Module, state: Mapping[str, Any], *args: Any) -> None:
-        self.writer.before_loading(module, state)
+    def __call__(self, module: nn.Module, state: Mapping[str, Any], prefix: str = "", *args: Any) -> None:
+        # a model that is part of another one finds its values under a prefix
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        self.writer.before_loading(module, own)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltune.backbone import Anatomy, Targets
+from deltune.backbone import Anatomy, Targets, check_base_model, describe_base_model
 from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
 from deltune.methods.options import option
@@ -82,7 +82,7 @@ class SearchedBiases(Candidates, SelectionForm):
         names = self.counts()
         parts = [(part, bias) for name, (bias, part) in zip(self._biases, self._slices(), strict=True) if name in names]
         kept = torch.cat([self.kept[part] for part, _ in parts])
-        values = torch.cat([bias.detach() for _, bias in parts])
+        values = torch.cat([bias.detach().to(self.start.device) for _, bias in parts])
         return _Entries(kept.nonzero()[:, 0].int(), values[kept])
 
     def restored(self) -> None:
@@ -154,14 +154,14 @@ class _SearchedBitFit(PruningSearch):
         Raises:
             MethodError: if there are no biases, or not those of the architecture that is given.
             TargetError: if a target selects nothing.
-            CheckpointError: if the folder of an architecture holds none.
+            CheckpointError: if the folder of an architecture holds none, or one of another model.
         """
         sites = {
             placement.site.name: placement.site
             for placement in BitFit(missing=self.missing, targets=self.targets).place(model, anatomy)
             if isinstance(placement.site, ParameterSite)
         }
-        names, kept = self._found()
+        names, kept = self._found(model)
         absent = [name for name in names if name not in sites]
         if absent:
             raise MethodError(
@@ -173,13 +173,14 @@ class _SearchedBitFit(PruningSearch):
             yield Placement(sites[name])
         yield Placement(None, SearchedBiases(self.structured, kept), shared=_SHARED)
 
-    def _found(self) -> tuple[tuple[str, ...], int | Tensor | None]:
+    def _found(self, model: nn.Module) -> tuple[tuple[str, ...], int | Tensor | None]:
         """Names of the biases to train, and which of their entries; no name if they have to be searched for."""
         if self.architecture is None:
             return self.biases, self.kept
         description, tensors = read(self.architecture)
+        check_base_model(description["base_model"], describe_base_model(model))
         found = description["method"]
-        if found["name"] != self.name or not found["biases"]:
+        if found["name"] != self.name or found["budget"] == 1:
             raise MethodError(
                 f"{self.name}: {self.architecture} holds a delta of {found['name']}, not of a finished search of "
                 f"{self.name}."
@@ -187,10 +188,11 @@ class _SearchedBitFit(PruningSearch):
         return tuple(found["biases"]), None if self.structured else tensors[f"{_SHARED}.indices"]
 
     def stored(self, forms: Mapping[str, Form]) -> Method:
-        """With what was found."""
+        """With what was found; of an unfinished search with a budget of 1, as all that is left is kept then."""
         counts = kept_biases(forms)
         return replace(
             self,
+            budget=self.budget if self.settled(forms) else 1.0,
             architecture=None,
             biases=tuple(counts),
             kept=None if self.structured else sum(counts.values()),
@@ -245,7 +247,8 @@ class UBitFit(_SearchedBitFit):
     Differs from the paper:
         There is no official code, and the text leaves open how scores are averaged, how many steps of pruning there
         are, and whether training begins anew. Here: the mean since the last pruning, ``events`` in equal ratios, and
-        anew (``restart``). The task head trains all the time and is no candidate.
+        anew (``restart``). The task head trains all the time and is no candidate. Where gradients are clipped, those of
+        dropped entries still count in their norm.
 
     Source:
         Lawton et al. 2023, arXiv 2305.16597.
