@@ -362,6 +362,23 @@ def test_a_second_training_goes_on_with_what_was_found(method: str) -> None:
     )
 
 
+@pytest.mark.parametrize("method", ["u-bitfit(budget=0.1)", "s-bitfit(budget=0.3)"])
+def test_an_unfinished_search_ends_in_the_next_training(method: str) -> None:
+    """Of 40 steps the first 10 are taken, and then a training of 10 is begun, whose search would be over long ago."""
+    tuned, batch = attached("bert", method)
+    optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-2)
+    for steps in (40, 10):
+        following = tuned.bind(optimizer, steps)
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss_of(tuned.model, batch).backward()
+            optimizer.step()
+        following.remove()
+        left = int(form_of(tuned).kept.sum()) / form_of(tuned).kept.numel()
+        assert (left > 0.3) == (steps == 40)
+        assert bool(form_of(tuned).finished) == (steps == 10)
+
+
 @pytest.mark.parametrize("method", ["u-bitfit(budget=0.2)", "s-bitfit(budget=0.3)"])
 def test_scores_stay_float32_where_the_model_is_cast(method: str) -> None:
     tuned, batch = attached("bert", method)

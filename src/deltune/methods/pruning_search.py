@@ -10,6 +10,7 @@ harm, which have a negative one.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -219,9 +220,9 @@ class PruningSearch(Method):
     restart: bool = option(True, "train what is left from the start again; else go on from what was learnt")
 
     @property
+    @abstractmethod
     def structured(self) -> bool:
         """Whether whole vectors are kept or dropped."""
-        raise NotImplementedError
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -285,7 +286,7 @@ class PruningSearch(Method):
     def before_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Learn the scores, while something is searched for."""
         for form in self.searching(forms):
-            if form.schedule is not None and step <= form.schedule.last:
+            if form.schedule is not None and not form.finished:
                 form.observe()
             form.drop_gradients()
 
@@ -303,10 +304,11 @@ class PruningSearch(Method):
         schedule = searching[0].schedule
         if schedule is None:
             raise MethodError(f"{self.name} was not active when the optimizer was bound. Bind the optimizer again.")
-        left = schedule.left_after(step)
+        # a search that an earlier training left unfinished may be overdue
+        left = schedule.target if step >= schedule.last else schedule.left_after(step)
         if left is not None:
             prune(searching, left, self.structured, self.name)
-        if step == schedule.last:
+        if step >= schedule.last:
             for form in searching:
                 form.finished.fill_(True)
                 if self.restart:
