@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import deltune
 from benchmarks.sentiment import table
-from deltune.measure import PeakMemory, SavedTensors
+from deltune.measure import PeakMemory, SavedTensors, optimizer_state_bytes
 
 METHODS = (
     "full",
@@ -56,13 +56,7 @@ def measured(method: str, rows: int, length: int) -> dict[str, Any]:
     with SavedTensors(besides=list(model.parameters())) as saved:
         loss = model(**batch).loss
     assert loss.requires_grad
-    state = sum(
-        item.numel() * item.element_size()
-        for entry in optimizer.state.values()
-        for item in entry.values()
-        if isinstance(item, torch.Tensor)
-    )
-    trained = tuned.summary().parameters
+    trained, state = tuned.summary().parameters, optimizer_state_bytes(optimizer)
     return {"peak": memory.use.peak, "kept": saved.bytes, "parameters": trained, "optimizer": state}
 
 

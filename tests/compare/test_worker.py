@@ -53,8 +53,22 @@ def test_a_run_says_what_it_measured(comparison, tmp_path):
     assert result["checkpoint_bytes"] == (tmp_path / "0" / TENSOR_FILE).stat().st_size
     assert result["checkpoint_bytes"] >= 4 * result["parameters"]["trainable"]
     assert result["memory"]["peak"] >= result["memory"]["resident_baseline"] > 0
+    # two moments of each value, and for each tensor its number of steps
+    tensors = 2 * 2 + 2
+    assert result["parameters"]["trainable_at_start"] == result["parameters"]["trainable"]
+    assert result["memory"]["optimizer_state"] == 4 * (2 * result["parameters"]["trainable"] + tensors)
     assert result["settings"]["keep_best"] is False
     json.dumps(result)
+
+
+def test_a_method_that_drops_what_it_trains_says_how_much_it_began_with(comparison, tmp_path):
+    result = run(comparison, "diff-pruning(ratio=0.01)", tmp_path)[-1]["result"]
+    parameters = result["parameters"]
+    everything = parameters["model"] - parameters["head"]
+    assert parameters["trainable"] == int(0.01 * everything) + parameters["head"]
+    # a difference and a gate of each, and a gate of each tensor
+    assert parameters["trainable_at_start"] > 2 * everything + parameters["head"]
+    assert result["memory"]["optimizer_state"] > 4 * 2 * parameters["trainable_at_start"]
 
 
 def test_the_same_seed_gives_the_same_result_and_another_does_not(comparison, tmp_path):

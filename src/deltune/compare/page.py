@@ -216,6 +216,10 @@ def _row_details(row: TableRow) -> str:
             ("trainable parameters", f"{parameters['trainable']:,}, of these {parameters['head']:,} in the head"),
             ("checkpoint", f"{row.checkpoint_bytes:,} bytes"),
         ]
+        if row.trainable_at_start not in (None, row.trainable):
+            values.append(("trainable parameters at the start", f"{row.trainable_at_start:,}"))
+        if row.optimizer_state is not None:
+            values.append(("state of the optimizer", f"{row.optimizer_state:,} bytes at most"))
     for item in row.results:
         metrics = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in item["metrics"].items())
         values.append((f"seed {item['seed']}", f"{metrics}; {units.duration(item['seconds'])}"))

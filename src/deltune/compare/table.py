@@ -77,6 +77,18 @@ class TableRow:
         return max(int(result["memory"]["peak"]) for result in self.results)
 
     @property
+    def trainable_at_start(self) -> int | None:
+        """Number of trained values when training began, of which some methods drop or add; None of old results."""
+        found = self.results[0]["parameters"].get("trainable_at_start")
+        return None if found is None else int(found)
+
+    @property
+    def optimizer_state(self) -> int | None:
+        """Most bytes that any run's optimizer kept from step to step; None of old results and where none trained."""
+        found = [result["memory"].get("optimizer_state") for result in self.results]
+        return max((value for value in found if value is not None), default=None)
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Bytes of the file that holds what was trained."""
         return int(self.results[0]["checkpoint_bytes"])
@@ -183,12 +195,14 @@ class ComparisonTable:
                 f"{self.metric}_lowest",
                 f"{self.metric}_highest",
                 "trainable_parameters",
+                "trainable_parameters_at_start",
                 "head_parameters",
                 "share",
                 "training_seconds_mean",
                 "training_seconds_standard_deviation",
                 "peak_memory_bytes",
                 "baseline_memory_bytes",
+                "optimizer_state_bytes",
                 "checkpoint_bytes",
                 "failed_runs",
                 "error",
@@ -201,7 +215,7 @@ class ComparisonTable:
 
 def _plain_cells(row: TableRow) -> list[Any]:
     if not row.done:
-        return [""] * 13
+        return [""] * 15
     quality, seconds = row.quality, row.seconds
     first = row.results[0]
     return [
@@ -211,12 +225,14 @@ def _plain_cells(row: TableRow) -> list[Any]:
         quality.lowest,
         quality.highest,
         row.trainable,
+        "" if row.trainable_at_start is None else row.trainable_at_start,
         first["parameters"]["head"],
         row.share,
         seconds.mean,
         "" if seconds.deviation is None else seconds.deviation,
         row.peak_memory,
         min(int(result["memory"]["resident_baseline"]) for result in row.results),
+        "" if row.optimizer_state is None else row.optimizer_state,
         row.checkpoint_bytes,
     ]
 

@@ -25,7 +25,7 @@ from deltune.compare.content import ComparisonData, prepare_data
 from deltune.compare.plan import MAJORITY, Comparison
 from deltune.compare.worker_job import Job
 from deltune.errors import DeltuneError
-from deltune.measure import PeakMemory, provenance, release_memory, resident_bytes
+from deltune.measure import PeakMemory, optimizer_state_bytes, provenance, release_memory, resident_bytes
 from deltune.quantization import reader
 from deltune.training import FitResult, TrainingSettings, fit
 from deltune.tuned import Tuned, attach
@@ -70,6 +70,17 @@ class _Progress(transformers.TrainerCallback):  # type: ignore[misc]
                     "loss": self._loss,
                 }
             )
+
+
+class _OptimizerState(transformers.TrainerCallback):  # type: ignore[misc]
+    """The greatest size of what the optimizer keeps, which methods with phases change."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Look at it."""
+        self.most = max(self.most, optimizer_state_bytes(optimizer))
 
 
 def run_job(job: Job, emit: Emit) -> None:
@@ -159,6 +170,8 @@ def _train(
             comparison.model, tokenizer=tokenizer, dropout=comparison.model_dropout, read=reader(method.base_format)
         )
         tuned = attach(model, method, reversible=False)
+        at_start = tuned.summary().parameters
+        optimizer_state = _OptimizerState()
         outcome = fit(
             tuned,
             data.task,
@@ -167,10 +180,13 @@ def _train(
             tokenizer=tokenizer,
             settings=settings,
             output=folder,
-            callbacks=[_Progress(emit, seed)],
+            callbacks=[_Progress(emit, seed), optimizer_state],
         )
     checkpoint_bytes = (folder / TENSOR_FILE).stat().st_size
-    return _result(tuned, outcome, memory, checkpoint_bytes, provenance(device, seed=seed, threads=job.threads))
+    result = _result(tuned, outcome, memory, checkpoint_bytes, provenance(device, seed=seed, threads=job.threads))
+    result["parameters"]["trainable_at_start"] = at_start
+    result["memory"]["optimizer_state"] = optimizer_state.most
+    return result
 
 
 def _result(

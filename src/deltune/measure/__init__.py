@@ -6,7 +6,7 @@ Importing this package imports neither torch nor transformers.
 from __future__ import annotations
 
 from deltune.measure.adapters import use_picture, use_table
-from deltune.measure.memory import MemoryUse, PeakMemory, release_memory, resident_bytes
+from deltune.measure.memory import MemoryUse, PeakMemory, optimizer_state_bytes, release_memory, resident_bytes
 from deltune.measure.provenance import cpu_count, provenance
 from deltune.measure.ranks import rank_picture, rank_table
 from deltune.measure.saved_tensors import SavedTensors
@@ -19,6 +19,7 @@ __all__ = [
     "SavedTensors",
     "Spread",
     "cpu_count",
+    "optimizer_state_bytes",
     "proportion_interval",
     "provenance",
     "rank_picture",

@@ -26,7 +26,7 @@ from deltune.errors import DeltuneError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MemoryUse", "PeakMemory", "release_memory", "resident_bytes"]
+__all__ = ["MemoryUse", "PeakMemory", "optimizer_state_bytes", "release_memory", "resident_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFERENCES = Path("/proc/self/clear_refs")
@@ -130,6 +130,18 @@ def resident_bytes() -> int:
         DeltuneError: if psutil is not installed.
     """
     return int(_process().memory_info().rss)
+
+
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors that an optimizer keeps from step to step: its moments, and what counts its steps."""
+    import torch
+
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def release_memory() -> None:
