@@ -172,7 +172,7 @@ class GatedDifferences(EntriesForm):
         """Lambda times the expected number of open gates; None if lambda is zero, or the gates are done."""
         if self.alpha is None or not self.strength:
             return None
-        entries = self.gates.open(torch.split(self.alpha, self.sizes))
+        entries = self.gates.open(self.alpha, self.sizes)
         if self.group_alpha is None:
             return self.strength * entries.sum()
         groups = self.gates.probability(self.group_alpha.to(entries.dtype))

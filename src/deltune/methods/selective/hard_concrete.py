@@ -55,31 +55,35 @@ class HardConcrete:
 
     def probability(self, alpha: Tensor) -> Tensor:
         """P(z > 0) = sigmoid(alpha - log(-l/r)), of the shape of ``alpha``."""
-        return (alpha - math.log(-self.low / self.high)).sigmoid()
+        shift = math.log(-self.low / self.high)
+        return (alpha - shift).sigmoid() if shift else alpha.sigmoid()
 
     def _stretched(self, s: Tensor) -> Tensor:
         return s.mul(self.high - self.low).add_(self.low)
 
-    def open(self, parts: Sequence[Tensor]) -> Tensor:
-        """The expected numbers of gates that are not 0, one for each of several vectors alpha: (parts,)."""
-        return torch.stack([_Open.apply(alpha, self) for alpha in parts])  # type: ignore[no-untyped-call]
+    def open(self, alpha: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The expected numbers of gates that are not 0, one for each of several parts of these sizes: (parts,)."""
+        found: Tensor = _Open.apply(alpha, self, list(sizes))  # type: ignore[no-untyped-call]
+        return found
 
 
 class _Open(torch.autograd.Function):
-    """Sum of P(z > 0); keeps nothing but alpha, which exists anyway, for the backward pass."""
+    """Sums of P(z > 0); keeps nothing but alpha, which exists anyway, for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, gates: HardConcrete) -> Tensor:
+    def forward(ctx: Any, alpha: Tensor, gates: HardConcrete, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(alpha)
-        ctx.gates = gates
-        return gates.probability(_wide(alpha)).sum()
+        ctx.gates, ctx.sizes = gates, sizes
+        return torch.stack([part.sum() for part in torch.split(gates.probability(_wide(alpha)), sizes)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (alpha,) = ctx.saved_tensors
-        probability = ctx.gates.probability(_wide(alpha))
-        found: Tensor = torch.ops.aten.sigmoid_backward(gradient.to(probability).expand_as(probability), probability)
-        return found.to(alpha.dtype), None
+        found = ctx.gates.probability(_wide(alpha))
+        for part, factor in zip(torch.split(found, ctx.sizes), gradient, strict=True):
+            # in place of the probabilities
+            torch.ops.aten.sigmoid_backward.grad_input(factor.to(part).expand_as(part), part, grad_input=part)
+        return found.to(alpha.dtype), None, None
 
 
 def _wide(value: Tensor) -> Tensor:
