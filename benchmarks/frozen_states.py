@@ -2,7 +2,7 @@
 
 Sentences of movie reviews; MiniLM (6 layers), or with ``--layers 12`` an encoder of BERT-base's shape with random
 weights, of which only the time is of interest. Each method trains twice in one process, with and without kept states;
-both must come to the same losses. Times are those of the processor for one thread.
+both must come to the same losses and weights. Times are those of the processor for one thread.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 
 import deltune
@@ -41,8 +42,10 @@ class Epochs(TrainerCallback):  # type: ignore[misc]
         self.seconds.append(time.process_time() - self._start)
 
 
-def trained(lesson: Sentiment, method: str, layers: int, epochs: int, folder: str | None) -> tuple[FitResult, Epochs]:
-    """Train on a fresh model."""
+def trained(
+    lesson: Sentiment, method: str, layers: int, epochs: int, folder: str | None
+) -> tuple[FitResult, Epochs, dict[str, Tensor]]:
+    """Train on a fresh model; also what was trained, as it is at the end."""
     transformers.set_seed(0)
     if layers:
         config = AutoConfig.from_pretrained(
@@ -60,7 +63,7 @@ def trained(lesson: Sentiment, method: str, layers: int, epochs: int, folder: st
     result = deltune.fit(
         tuned, lesson.task, lesson.train_rows, tokenizer=lesson.tokenizer, settings=settings, callbacks=[clock]
     )
-    return result, clock
+    return result, clock, {name: value.detach() for name, value in tuned.named_trainable_parameters()}
 
 
 def main() -> None:
@@ -76,11 +79,14 @@ def main() -> None:
     rows = {}
     for method in given.methods.split(";"):
         with tempfile.TemporaryDirectory() as folder:
-            kept, clock = trained(lesson, method, given.layers, given.epochs, folder)
+            kept, clock, weights = trained(lesson, method, given.layers, given.epochs, folder)
             size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        plain, plain_clock = trained(lesson, method, given.layers, given.epochs, None)
+        plain, plain_clock, plain_weights = trained(lesson, method, given.layers, given.epochs, None)
         losses = [[entry["loss"] for entry in result.history] for result in (kept, plain)]
         apart = max(abs(one - other) for one, other in zip(*losses, strict=True))
+        differ = sum(int((weights[name] != value).sum()) for name, value in plain_weights.items())
+        entries = sum(value.numel() for value in plain_weights.values())
+        largest = max(float((weights[name] - value).abs().max()) for name, value in plain_weights.items())
         later, first, usual = median(clock.seconds[1:]), clock.seconds[0], median(plain_clock.seconds)
         rows[method] = [
             f"{later / first:.2f}",
@@ -90,10 +96,11 @@ def main() -> None:
             f"{sum(clock.seconds) / sum(plain_clock.seconds):.2f}",
             f"{size / 1e6:.0f} MB",
             f"{apart:.1e}",
+            f"{differ:,} of {entries:,}, by at most {largest:.1e}" if differ else "none",
         ]
         print(f"{method}: kept {clock.seconds}, plain {plain_clock.seconds}", flush=True)
     header = ["method", "epochs 2 to 5 / epoch 1", "spread", "/ plain epoch", "epoch 1 / plain", "all / plain"]
-    print(table([*header, "on disk", "losses apart"], rows))
+    print(table([*header, "on disk", "losses apart", "weights that differ"], rows))
 
 
 if __name__ == "__main__":
