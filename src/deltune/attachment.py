@@ -113,6 +113,14 @@ class Attachment:
         partly = (name for _, site, form in self.sites for name in site.selected(form))
         return list(dict.fromkeys([*whole, *partly]))
 
+    def selected_counts(self) -> dict[str, int]:
+        """How many entries of each parameter of :attr:`selection` are trained, by full name: all, or what is left."""
+        counts = {name: value.numel() for name, value in self.selection}
+        for form in self.forms.values():
+            if isinstance(form, SelectionForm):
+                counts |= form.counts()
+        return counts
+
     def set_rank(self, rank: int) -> None:
         """Cut every form to ``rank``; see :meth:`deltune.Tuned.set_rank`.
 
@@ -244,11 +252,12 @@ def _recorded(
     """
     recorded: dict[str, int | None] = {}
     for part, form in records.items():
-        own = {name: selection.values[name] for name in names.get(part, ()) if name in selection.values}
+        known = (selection.known[name] for name in names.get(part, ()))
+        own = {name: selection.values[name] for name in known}
         form.select(own)
         recorded.update(dict.fromkeys(own, part))
     for part, others in names.items():
-        twice = [name for name in others if recorded.get(name, part) != part]
+        twice = [name for name in others if recorded.get(selection.known[name], part) != part]
         if twice:
             raise MethodError(f"{method}: two parts select {twice[0]}. Give them different targets.")
     return frozenset(recorded)

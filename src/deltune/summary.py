@@ -15,7 +15,7 @@ __all__ = ["Summary", "SummaryRow"]
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One site: where, what kind of change, how many trained values, how many bytes."""
+    """One site: where, what kind of change, how many trained values that are left, how many bytes."""
 
     site: str
     kind: str
@@ -46,12 +46,12 @@ class Summary:
         head = 0
         for attachment in attachments:
             for key, placed in attachment.placed.items():
-                values = list(placed.form.parameters())
                 kind = "shared" if placed.site is None else placed.site.insertion.value
-                rows.append(_row(key, kind, values))
+                rows.append(_row(key, kind, list(placed.form.parameters()), placed.form.trained_count()))
+            left = attachment.selected_counts()
             for name, parameter in attachment.selection:
                 is_head = name in attachment.head_names
-                rows.append(_row(name, "head" if is_head else "select", [parameter]))
+                rows.append(_row(name, "head" if is_head else "select", [parameter], left[name]))
                 head += parameter.numel() if is_head else 0
         quantized = storage(model) if format_of(model) is not None else None
         return cls(tuple(rows), model_parameters, head, quantized)
@@ -84,10 +84,7 @@ class Summary:
         return "\n".join(lines)
 
 
-def _row(site: str, kind: str, values: list[nn.Parameter]) -> SummaryRow:
-    return SummaryRow(
-        site,
-        kind,
-        sum(value.numel() for value in values),
-        sum(value.numel() * value.element_size() for value in values),
-    )
+def _row(site: str, kind: str, values: list[nn.Parameter], count: int) -> SummaryRow:
+    total = sum(value.numel() for value in values)
+    size = sum(value.numel() * value.element_size() for value in values)
+    return SummaryRow(site, kind, count, size if count == total else count * values[0].element_size())

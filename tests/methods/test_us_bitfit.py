@@ -92,10 +92,11 @@ def test_invariant_01_with_nothing_pruned_it_is_bitfit(method: str) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_invariant_02_scores_are_the_mean_of_minus_update_times_gradient() -> None:
+@pytest.mark.parametrize("criterion", ["signed", "absolute"])
+def test_invariant_02_scores_are_the_mean_of_minus_update_times_gradient(criterion: str) -> None:
     """Written out, beside a BitFit that takes the same steps; none is dropped before the sixth."""
     steps = 6
-    tuned, batch = attached("bert", "u-bitfit(warm_up=0.5, search=0.5)")
+    tuned, batch = attached("bert", f"u-bitfit(warm_up=0.5, search=0.5, criterion={criterion})")
     optimizer = torch.optim.SGD(tuned.trainable_parameters(), lr=0.1)
     tuned.bind(optimizer, 2 * steps + 2)
     twin, _ = attached("bert", "bitfit")
@@ -111,11 +112,13 @@ def test_invariant_02_scores_are_the_mean_of_minus_update_times_gradient() -> No
             if model is twin.model:
                 for name in expected:
                     gradient = biases[name].grad
-                    expected[name] += -(biases[name].detach() - start[name]) * gradient / steps
+                    change = -(biases[name].detach() - start[name]) * gradient / steps
+                    expected[name] += change if criterion == "signed" else change.abs()
             stepping.step()
     scores, _ = form_of(tuned).scores(structured=False)
     wanted = torch.cat(list(expected.values()))
     assert wanted.abs().max() > 0
+    assert bool((wanted < 0).any()) == (criterion == "signed")
     assert (scores - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
@@ -191,6 +194,9 @@ def test_invariant_04_and_05_what_is_left_shrinks_to_the_budget_and_nothing_come
     budget = round(parse(method).budget * total)  # type: ignore[attr-defined]
     assert counts[0] == total
     assert counts[7:] == [counts[7]] * 13  # 0.4 of the steps
+    summary = tuned.summary()
+    assert summary.parameters - summary.head_parameters == counts[-1]
+    assert summary.bytes == 4 * summary.parameters
     if method.startswith("u"):
         assert counts[-1] == budget
     else:
@@ -251,7 +257,8 @@ def test_training_begins_anew_with_what_was_found() -> None:
     own = [value for name, value in twin.named_trainable_parameters() if name in kept]
     head = [value for name, value in twin.named_trainable_parameters() if name not in kept]
     ours = [value for value in tuned.trainable_parameters() if not any(value is bias for bias in biases)]
-    other = torch.optim.AdamW([*own, *head], lr=1e-2, weight_decay=0.0)
+    groups = [{"params": own, "lr": 3 * 1e-2}, {"params": head}]
+    other = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)
     for value, mine in zip(head, ours, strict=True):
         other.state[value] = copy.deepcopy(optimizer.state[mine])
     for _ in range(steps - last):
@@ -489,6 +496,16 @@ def test_two_parts_that_select_one_bias_are_refused() -> None:
     assert all(".attention." not in name or "output.dense" in name for name in tuned.attachments["default"].recorded)
 
 
+def test_two_parts_that_select_one_bias_by_two_names_are_refused() -> None:
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    model["second"].bias = model["first"].bias
+    with pytest.raises(MethodError, match=r"two parts select second\.bias"):
+        deltune.attach(model, "u-bitfit(targets=first) + bitfit(targets=second)")
+    model["second"].bias = nn.Parameter(torch.zeros(4))
+    tuned = deltune.attach(model, "u-bitfit(targets=first) + bitfit(targets=second)")
+    assert tuned.attachments["default"].recorded == {"first.bias"}
+
+
 def test_a_copy_prunes_its_own_biases() -> None:
     tuned, batch = attached("bert", "u-bitfit(budget=0.2)")
     twin = copy.deepcopy(tuned)
@@ -503,3 +520,33 @@ def test_a_copy_prunes_its_own_biases() -> None:
     assert int(form_of(twin).kept.sum()) < int(form_of(tuned).kept.sum())
     names = dict(twin.named_trainable_parameters())
     assert all(value is names[name] for name, value in form_of(twin)._biases.items())
+
+
+@pytest.mark.parametrize("method", ["u-bitfit(budget=0.2, final_rate=4)", "s-bitfit(budget=0.3, final_rate=4)"])
+def test_what_is_left_has_its_own_rate_when_the_search_is_over(method: str) -> None:
+    steps, rate = 10, 0.5
+    tuned, batch = attached("bert", method)
+    optimizer = torch.optim.SGD(tuned.trainable_parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+    tuned.bind(optimizer, steps)
+    form = form_of(tuned)
+    (head,) = (value for name, value in tuned.named_trainable_parameters() if name.endswith("classifier.bias"))
+    multiples = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(tuned.model, batch).backward()
+        values = torch.cat([bias.detach().clone() for bias in form.searched()])
+        before, now = head.detach().clone(), rate * (1 - 0.9 * step / steps)
+        searching = not form.finished
+        optimizer.step()
+        assert head.grad is not None
+        torch.testing.assert_close(head.detach(), before - now * head.grad)
+        if searching == (not form.finished):
+            moved = values - torch.cat([bias.detach() for bias in form.searched()])
+            gradients = torch.cat([bias.grad for bias in form.searched() if bias.grad is not None])
+            large = form.kept & (gradients.abs() > gradients.abs().max() / 100)
+            multiples.append(float((moved / (now * gradients))[large].median()))
+        schedule.step()
+        assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(tuned.trainable_parameters()))]
+    # the search is over after the fourth step, in which all begin anew
+    assert multiples == pytest.approx([1, 1, 1, 4, 4, 4, 4, 4, 4], rel=1e-2)

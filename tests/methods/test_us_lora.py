@@ -81,6 +81,8 @@ def test_the_budget_is_met_and_what_is_dropped_changes_nothing(method: str) -> N
             assert torch.equal(now[~form.kept], starts[key][~form.kept])
     total = sum(form.kept.numel() for form in forms_of(tuned).values())
     kept = sum(int(form.kept.sum()) for form in forms_of(tuned).values())
+    summary = tuned.summary()
+    assert summary.parameters - summary.head_parameters == kept
     if method.startswith("u"):
         assert kept == round(0.2 * total)
     else:

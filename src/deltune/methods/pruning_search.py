@@ -3,9 +3,9 @@
 Lawton et al. 2023, arXiv 2305.16597. Letters: N candidates, single trained values; K of them are to be left; delta the
 update of a candidate, its value minus that at the start; g its gradient.
 
-Dropping a candidate, that is setting its update to zero, changes the loss by about -delta g. The mean of that over the
-steps since candidates were last dropped is its score: those with the lowest go first, also those whose update does
-harm, which have a negative one.
+Dropping a candidate, that is setting its update to zero, changes the loss by about -delta g, in each batch by another
+amount. Its score is the mean over the steps since candidates were last dropped, of the amounts themselves or of their
+absolute values; those with the lowest go first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deltune.errors import MethodError
 from deltune.methods.base import Method
+from deltune.methods.optimizer_groups import restore_groups, split_groups
 from deltune.methods.options import option
 from deltune.sites import Form
 
@@ -103,6 +104,14 @@ class Candidates(nn.Module):
         """The trained tensors of which the candidates are entries."""
         raise NotImplementedError
 
+    def trained_count(self) -> int:
+        """How many candidates are left."""
+        return int(self.kept_on_cpu().sum())
+
+    def kept_on_cpu(self) -> Tensor:
+        """``kept`` on the CPU; of a model on the meta device, which has no values, all."""
+        return torch.ones(self.kept.shape, dtype=torch.bool) if self.kept.is_meta else self.kept.cpu()
+
     def _slices(self) -> list[tuple[nn.Parameter, slice]]:
         slices, first = [], 0
         for value in self.searched():
@@ -111,12 +120,13 @@ class Candidates(nn.Module):
         return slices
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Add -delta g of every candidate to its score."""
+    def observe(self, criterion: str = "signed") -> None:
+        """Add -delta g of every candidate to its score, or its absolute value."""
         for value, part in self._slices():
             if value.grad is not None:
                 update = value.reshape(-1) - self.start[part].to(value)
-                self.score[part] -= (update.float() * value.grad.reshape(-1).float()).to(self.score)
+                change = -update.float() * value.grad.reshape(-1).float()
+                self.score[part] += (change.abs() if criterion == "absolute" else change).to(self.score)
         self.observed += 1
 
     @torch.no_grad()
@@ -217,7 +227,18 @@ class PruningSearch(Method):
         0.4, "share of the training after which the budget is met, warm-up included", minimum=0, maximum=1
     )
     events: int = option(8, "how often candidates are dropped", minimum=1)
+    criterion: str = option(
+        "absolute",
+        "what a candidate is scored by: absolute, the mean of |-delta g| over batches, or signed, the mean of -delta g",
+        choices=("absolute", "signed"),
+    )
     restart: bool = option(True, "train what is left from the start again; else go on from what was learnt")
+    final_rate: float = option(
+        1.0,
+        "learning rate of what is left once the search is over, as a multiple of that of the search",
+        minimum=0,
+        exclusive=True,
+    )
 
     @property
     @abstractmethod
@@ -284,11 +305,22 @@ class PruningSearch(Method):
             form.schedule = PruningSchedule(total, self._target(searching), first, last, self.events)
 
     def before_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Learn the scores, while something is searched for."""
+        """Learn the scores, while something is searched for; afterwards give what is left its own rate."""
+        own: set[int] = set()
         for form in self.searching(forms):
             if form.schedule is not None and not form.finished:
-                form.observe()
+                form.observe(self.criterion)
             form.drop_gradients()
+            if self.is_found() or form.finished:
+                own |= {id(value) for value in form.searched()}
+        if own and self.final_rate != 1:
+            multiples = {
+                id(value): self.final_rate * group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
+                for group in optimizer.param_groups
+                for value in group["params"]
+                if id(value) in own
+            }
+            split_groups(optimizer, multiples)
 
     def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Drop what the schedule says, and see that what is dropped stays so.
@@ -296,6 +328,7 @@ class PruningSearch(Method):
         Raises:
             MethodError: if the schedule was not laid out, because another attachment was live at that time.
         """
+        restore_groups(optimizer)
         searching = self.searching(forms)
         for form in searching:
             form.hold()

@@ -67,6 +67,10 @@ class Form(nn.Module):
     def restored(self) -> None:
         """Called after the form's values were read from a file; nothing by default."""
 
+    def trained_count(self) -> int:
+        """How many values it trains: all of its parameters, but those that a search has dropped for good."""
+        return sum(value.numel() for value in self.parameters())
+
     def penalty(self) -> Tensor | None:
         """Additional loss of this form, a scalar; None if it has none."""
         return None

@@ -57,6 +57,10 @@ class SelectionForm(Form):
         """Names of those that are written whole all the same; by default none."""
         return ()
 
+    def counts(self) -> dict[str, int]:
+        """How many entries are trained of those that are not trained whole, by name; by default all are whole."""
+        return {}
+
 
 def parameter_modules(
     model: nn.Module, anatomy: Anatomy, targets: Targets, roles: tuple[str, ...] = _MODULE_ROLES
@@ -105,16 +109,21 @@ class Selection:
         self.live = False
         places = _places(model)
         modules = dict(model.named_modules(remove_duplicate=False))
-        seen: set[int] = set()
+        #: Under which name each selected parameter is among the values, also by its other names.
+        self.known: dict[str, str] = {}
+        seen: dict[int, str] = {}
         for site in sites:
+            if site.name in self.known:
+                continue
             owner, _, attribute = site.name.rpartition(".")
             original = modules[owner]._parameters.get(attribute) if owner in modules else None
             if original is None:
                 self._add_zeros(model, modules, site)
+                self.known[site.name] = site.name
                 continue
-            if id(original) in seen:
+            self.known[site.name] = seen.setdefault(id(original), site.name)
+            if self.known[site.name] != site.name:
                 continue
-            seen.add(id(original))
             if not original.dtype.is_floating_point:
                 raise StateError(
                     f"{site.name} is stored as {original.dtype} and cannot be trained itself. Use a method that adds "

@@ -61,7 +61,7 @@ class SearchedLowRank(Candidates, LowRank):
 
     def components(self) -> Tensor:
         """Whether something is left of each component, (r,)."""
-        count = torch.zeros(self.rank, dtype=torch.int64).index_add(0, self.vectors, self.kept.long().cpu())
+        count = torch.zeros(self.rank, dtype=torch.int64).index_add(0, self.vectors, self.kept_on_cpu().long())
         return count > 0
 
     def stored(self) -> LowRank | None:

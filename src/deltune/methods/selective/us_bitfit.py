@@ -66,20 +66,28 @@ class SearchedBiases(Candidates, SelectionForm):
         """The biases."""
         return list(self._biases.values())
 
+    def trained_count(self) -> int:
+        """None of its own: what it searches stands in the model."""
+        return 0
+
     def counts(self) -> dict[str, int]:
-        """The number of kept entries of each bias by its name, of those that have some."""
-        count = torch.zeros(len(self._biases), dtype=torch.int64).index_add(0, self.vectors, self.kept.long().cpu())
-        return {name: number for name, number in zip(self._biases, count.tolist(), strict=True) if number}
+        """The number of kept entries of each bias."""
+        count = torch.zeros(len(self._biases), dtype=torch.int64).index_add(0, self.vectors, self.kept_on_cpu().long())
+        return dict(zip(self._biases, count.tolist(), strict=True))
+
+    def left(self) -> dict[str, int]:
+        """As :meth:`counts`, of those of which something is kept."""
+        return {name: count for name, count in self.counts().items() if count}
 
     def whole(self) -> Iterable[str]:
         """Kept biases that are written whole."""
-        return self.counts() if self.structured else ()
+        return self.left() if self.structured else ()
 
     def stored(self) -> Form | None:
         """Where kept entries are, among those biases of which some are, and what stands there."""
         if self.structured:
             return None
-        names = self.counts()
+        names = self.left()
         parts = [(part, bias) for name, (bias, part) in zip(self._biases, self._slices(), strict=True) if name in names]
         kept = torch.cat([self.kept[part] for part, _ in parts])
         values = torch.cat([bias.detach().to(self.start.device) for _, bias in parts])
@@ -122,7 +130,7 @@ def kept_biases(forms: Mapping[str, Form]) -> dict[str, int]:
         name: count
         for form in forms.values()
         if isinstance(form, SearchedBiases)
-        for name, count in form.counts().items()
+        for name, count in form.left().items()
     }
 
 
@@ -137,6 +145,13 @@ class _SearchedBitFit(PruningSearch):
     targets: Targets | None = option(None, "the biases of which roles to begin with; all of the model's if none")
     biases: tuple[str, ...] = option((), "full names of the biases that were found; in files of a search")
     kept: int | None = option(None, "number of entries that were found; in files of a search", minimum=1)
+    final_rate: float = option(
+        3.0,
+        "learning rate of what is left once the search is over, as a multiple of that of the search: few entries have "
+        "to move further",
+        minimum=0,
+        exclusive=True,
+    )
 
     branch: ClassVar[str] = "selective"
     insertion: ClassVar[Insertion] = Insertion.SELECT
@@ -205,9 +220,9 @@ class UBitFit(_SearchedBitFit):
     r"""BitFit with few entries: b = b_0 + delta, where a search leaves K entries of all deltas, each on its own.
 
     All biases train for a while; then, in a few steps of equal ratio, the entries are dropped whose updates are
-    least useful by -delta dL/ddelta, a first-order estimate of what dropping them would cost, averaged over batches.
-    When ``budget`` is reached those that are left train from the start. A dropped entry has its original value, bit for
-    bit, and does not come back.
+    least useful by -delta dL/ddelta, a first-order estimate of what dropping them would change in the loss: by the mean
+    of its absolute values over batches. When ``budget`` is reached those that are left train from the start, at a
+    higher rate. A dropped entry has its original value, bit for bit, and does not come back.
 
     When to use:
         Where a task must fit into a few kilobytes, or to learn which biases matter for it. What was found for one
@@ -247,8 +262,12 @@ class UBitFit(_SearchedBitFit):
     Differs from the paper:
         There is no official code, and the text leaves open how scores are averaged, how many steps of pruning there
         are, and whether training begins anew. Here: the mean since the last pruning, ``events`` in equal ratios, and
-        anew (``restart``). The task head trains all the time and is no candidate. Where gradients are clipped, those of
-        dropped entries still count in their norm.
+        anew (``restart``). Batches differ in sign where an update neither helps nor harms for long, so that the mean
+        of -delta dL/ddelta itself (``criterion=signed``) is close to zero for the entries that matter as well; with
+        the mean of absolute values better ones were kept. What is left trains at three times the rate of the search
+        (``final_rate``), because a tenth of the entries has to move further for the same change. The task head trains
+        all the time and is no candidate. Where gradients are clipped, those of dropped entries still count in their
+        norm.
 
     Source:
         Lawton et al. 2023, arXiv 2305.16597.
