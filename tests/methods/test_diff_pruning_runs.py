@@ -75,6 +75,23 @@ def test_gates_have_a_rate_of_their_own_and_no_decay(scheduled: bool) -> None:
     assert (form.w.detach() - before_w).abs().max() <= rate * 1.5 + 0.5 * rate * before_w.abs().max()  # type: ignore[union-attr]
 
 
+def test_what_is_kept_has_a_rate_of_its_own() -> None:
+    tuned, batch, _, form = differing("diff-pruning(ratio=0.1, initial=2, final_rate=5)", dropout=0.0)
+    optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-3, weight_decay=0.0)
+    tuned.bind(optimizer, 10)
+    for step in range(3):
+        before = next(form.parameters()).detach().clone()
+        optimizer.zero_grad()
+        tuned.model(**batch).loss.backward()
+        optimizer.step()
+        if step != 1:  # where all become few
+            # the first steps of Adam are of the size of the rate
+            moved = (next(form.parameters()).detach() - before).abs()
+            assert float(moved[moved > 0].median()) == pytest.approx(1e-3 if step == 0 else 5e-3, rel=0.05)
+        assert len(optimizer.param_groups) == 1
+    assert not form.gated
+
+
 def test_a_penalty_closes_gates_that_serve_nothing() -> None:
     tuned, batch, _, form = differing("diff-pruning(penalty_weight=1e-3, gate_rate=0.5)", dropout=0.0)
     assert form.alpha is not None

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltune.errors import MethodError
 
-__all__ = ["join", "leave", "restore_groups", "split_groups"]
+__all__ = ["join", "leave", "multiples", "restore_groups", "split_groups"]
 
 #: Key by which a parameter group is known that exists during one step only.
 _OWN_RATE = "deltune_split_from"
@@ -77,6 +77,17 @@ def leave(optimizer: torch.optim.Optimizer, dropped: Iterable[nn.Parameter]) -> 
     for value in gone.values():
         optimizer.state.pop(value, None)
         value.grad = None
+
+
+def multiples(optimizer: torch.optim.Optimizer, values: Iterable[nn.Parameter], multiple: float) -> dict[int, float]:
+    """What :func:`split_groups` takes for rates that are this multiple of the groups' present ones."""
+    own = {id(value) for value in values}
+    return {
+        id(value): multiple * group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
+        for group in optimizer.param_groups
+        for value in group["params"]
+        if id(value) in own
+    }
 
 
 def split_groups(optimizer: torch.optim.Optimizer, multipliers: Mapping[int, float], **settings: float) -> None:

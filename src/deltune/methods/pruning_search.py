@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltune.errors import MethodError
 from deltune.methods.base import Method
-from deltune.methods.optimizer_groups import restore_groups, split_groups
+from deltune.methods.optimizer_groups import multiples, restore_groups, split_groups
 from deltune.methods.options import option
 from deltune.sites import Form
 
@@ -306,21 +306,15 @@ class PruningSearch(Method):
 
     def before_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Learn the scores, while something is searched for; afterwards give what is left its own rate."""
-        own: set[int] = set()
+        own: list[nn.Parameter] = []
         for form in self.searching(forms):
             if form.schedule is not None and not form.finished:
                 form.observe(self.criterion)
             form.drop_gradients()
             if self.is_found() or form.finished:
-                own |= {id(value) for value in form.searched()}
-        if own and self.final_rate != 1:
-            multiples = {
-                id(value): self.final_rate * group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
-                for group in optimizer.param_groups
-                for value in group["params"]
-                if id(value) in own
-            }
-            split_groups(optimizer, multiples)
+                own += form.searched()
+        if self.final_rate != 1:
+            split_groups(optimizer, multiples(optimizer, own, self.final_rate))
 
     def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Drop what the schedule says, and see that what is dropped stays so.

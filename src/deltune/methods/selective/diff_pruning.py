@@ -12,7 +12,7 @@ from torch import nn
 from deltune.backbone import Anatomy, Targets
 from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
-from deltune.methods.optimizer_groups import join, leave, restore_groups, split_groups
+from deltune.methods.optimizer_groups import join, leave, multiples, restore_groups, split_groups
 from deltune.methods.options import check_steps, number_of_steps, option
 from deltune.methods.registry import register
 from deltune.methods.selective.gated_differences import GatedDifferences
@@ -85,8 +85,9 @@ class DiffPruning(Method):
         of evaluation count, and entries without the head. What is saved during the first phase is what would be
         kept then, with z z_g w as its values, while evaluation and merging use all differences; ``deltune.fit``
         therefore looks for the best weights in the second phase alone. One training holds both phases, with one
-        learning rate and one schedule; theirs are two, of 1e-5 and 5e-5. Gates have their own rate in either, constant
-        as in their code, and no decay. Gradients of w and alpha are clipped together, if at all, not apart.
+        schedule; theirs are two, with rates of 1e-5 and 5e-5. Here the second has ``final_rate`` times the rate of the
+        first, because a few entries have to move further than all. Gates have their own rate in either, constant as
+        in their code, and no decay. Gradients of w and alpha are clipped together, if at all, not apart.
 
     Source:
         Guo, Rush and Kim 2020, arXiv 2012.07463, section 3; authors' code: dguo98/DiffPruning.
@@ -110,6 +111,12 @@ class DiffPruning(Method):
         "where kept entries start in the second phase: difference, w without its gates, or zero",
         choices=("difference", "zero"),
     )
+    final_rate: float = option(
+        20.0,
+        "learning rate of what is kept, in the second phase, as a multiple of that of the first, in which all train",
+        minimum=0,
+        exclusive=True,
+    )
     gate_rate: float = option(0.1, "learning rate of the gates, constant", minimum=0, exclusive=True)
     alpha: float = option(5.0, "where the parameters of all gates start; at 5 0.7 % are closed")
     low: float = option(-1.5, "l, below 0: from where gates are stretched", maximum=-1e-6)
@@ -126,7 +133,7 @@ class DiffPruning(Method):
     paper: ClassVar[Paper] = Paper(
         "Guo, Rush and Kim", "Parameter-Efficient Transfer Learning with Diff Pruning", 2020, "2012.07463"
     )
-    learning_rate: ClassVar[float] = 3e-4
+    learning_rate: ClassVar[float] = 5e-5
     mergeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -190,7 +197,7 @@ class DiffPruning(Method):
             form.last_gated = last
 
     def before_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Give the gates their own rate for this step.
+        """Give the gates their own rate for this step, and what is kept another than all had.
 
         Raises:
             MethodError: if the phases were not laid out, because another attachment was live at that time.
@@ -201,6 +208,9 @@ class DiffPruning(Method):
                 raise MethodError("diff-pruning was not active when the optimizer was bound. Bind the optimizer again.")
             gates |= {id(value): 1.0 for value in (form.alpha, form.group_alpha) if value is not None}
         split_groups(optimizer, gates, lr=self.gate_rate, weight_decay=0.0)
+        kept = [form.values for form in forms.values() if isinstance(form, EntriesForm) and form not in _gated(forms)]
+        if self.final_rate != 1:
+            split_groups(optimizer, multiples(optimizer, kept, self.final_rate))
 
     def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimizer's groups back; after the first phase, let it train what is kept in the place of all.
