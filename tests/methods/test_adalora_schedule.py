@@ -237,6 +237,21 @@ def run(tuned: deltune.Tuned, output: Path, **options: Any) -> Any:
     )  # fmt: skip
 
 
+def test_the_best_weights_are_within_the_budget() -> None:
+    """Also where earlier ones are better: evaluated after every step, best is one of those that meet the target."""
+    tuned = tiny.classifier("adalora(initial_rank=3, target_rank=1, initial=0, final=0.2)")
+    forms = forms_of(tuned)
+    method = tuned.attachments["default"].method
+    assert not method.settled(tuned.attachments["default"].forms)
+    settings = tiny.SETTINGS.updated(steps=10, evaluate_every=1)
+    result = fit(
+        tuned, tiny.task(), tiny.reviews(60), tiny.reviews(20, seed=1), tokenizer=tiny.tokenizer(), settings=settings
+    )
+    assert result.best_step in (8, 9, 10)
+    assert sum(ranks_of(tuned).values()) <= len(forms)
+    assert method.settled(tuned.attachments["default"].forms)
+
+
 def everything(tuned: deltune.Tuned) -> dict[str, Tensor]:
     """Parameters and what the schedule remembers."""
     return {

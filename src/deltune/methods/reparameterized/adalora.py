@@ -5,7 +5,7 @@ Letters: d_in and d_out the matrix's width and height, r the initial rank, t the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,8 +44,8 @@ class AdaLoRA(Method):
     When to use:
         Where the number of parameters is tight and it is not known which matrices need them; it gains most at small
         budgets. It needs enough steps for scores to settle, and the number of steps beforehand: ``deltune.fit``
-        and the trainers say it; in a loop of your own write ``tuned.bind(optimizer, steps)``. If the best weights of
-        all evaluations are kept, they may be from before the end of the schedule, and have more triplets.
+        and the trainers say it; in a loop of your own write ``tuned.bind(optimizer, steps)``. Where the best
+        weights of all evaluations are kept, only those count that have met the budget.
 
     Cost:
         Parameters: r (d_in + d_out + 1) for each matrix while training; what is saved has ``target_rank`` triplets on
@@ -181,9 +181,8 @@ class AdaLoRA(Method):
             )
         triplets = _triplets(forms)
         start = sum(form.rank for form in triplets)
-        target = sum(min(self.target_rank, form.rank) for form in triplets)
         for form in triplets:
-            form.schedule = BudgetSchedule(start, target, initial, final, total, self.interval)
+            form.schedule = BudgetSchedule(start, self._target(triplets), initial, final, total, self.interval)
 
     def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Learn the scores from this step, and zero what the budget does not allow.
@@ -200,6 +199,14 @@ class AdaLoRA(Method):
                 form.observe(self.beta1, self.beta2)
         if schedule.allocates(step - 1):
             allocate(triplets, schedule.budget(step - 1))
+
+    def settled(self, forms: Mapping[str, Form]) -> bool:
+        """Whether no more triplets are left than in the end."""
+        triplets = _triplets(forms)
+        return sum(int(form.alive().sum()) for form in triplets) <= self._target(triplets)
+
+    def _target(self, triplets: Sequence[SingularTriplets]) -> int:
+        return sum(min(self.target_rank, form.rank) for form in triplets)
 
     def stored(self, forms: Mapping[str, Form]) -> LoRA:
         """A LoRA of the ranks that are left; matrices without any are left out."""
