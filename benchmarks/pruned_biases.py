@@ -6,11 +6,13 @@ picture in the output folder.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 from benchmarks.sentiment import Record, Sentiment, options, spread, table
 from deltune.measure import site_picture, site_table
+from deltune.methods.registry import parse
 from deltune.methods.selective.us_bitfit import kept_biases
 
 METHODS = (
@@ -41,7 +43,9 @@ def main() -> None:
     record = Record(given.output / f"pruned_biases_{given.train_size}_{given.steps}.jsonl")
     rows: dict[str, list[str]] = {}
     for method in given.methods.split(";") if given.methods else METHODS:
-        runs = [record.get(f"{method} seed {seed}", run, lesson, method, seed) for seed in range(given.seeds)]
+        # its defaults may change
+        key = f"{json.dumps(parse(method).to_dict())} split {given.split_seed} of {given.evaluation_size} seed"
+        runs = [record.get(f"{key} {seed}", run, lesson, method, seed) for seed in range(given.seeds)]
         found = [item["accuracy"] for item in runs]
         rows[method] = [spread(found), ", ".join(f"{value:.1f}" for value in found), f"{runs[0]['entries']:,}"]
         if runs[0]["kept"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from pathlib import Path
@@ -166,12 +167,11 @@ def test_invariant_04_and_07_as_many_are_kept_as_the_budget_says(
     sums = torch.cat([torch.stack([part.sum() for part in scores.split(sizes)]) for scores in drawn])
     found = torch.cat([form.scores(structured=True)[0] for form in whole])
     assert torch.allclose(found, sums, atol=1e-6)
-    order = found.argsort(descending=True, stable=True).tolist()
     lengths = sizes * forms
-    if lengths[order[0]] > left:
-        with pytest.raises(
-            MethodError, match=rf"{left} values does not hold the most useful vector, of {lengths[order[0]]}"
-        ):
+    # those that alone are too much are no choice
+    order = [index for index in found.argsort(descending=True, stable=True).tolist() if lengths[index] <= left]
+    if not order:
+        with pytest.raises(MethodError, match=rf"{left} values holds nothing: the smallest vector has {min(lengths)}"):
             prune(whole, left, structured=True, owner="test")
         return
     prune(whole, left, structured=True, owner="test")
@@ -550,3 +550,55 @@ def test_what_is_left_has_its_own_rate_when_the_search_is_over(method: str) -> N
         assert [len(group["params"]) for group in optimizer.param_groups] == [len(list(tuned.trainable_parameters()))]
     # the search is over after the fourth step, in which all begin anew
     assert multiples == pytest.approx([1, 1, 1, 4, 4, 4, 4, 4, 4], rel=1e-2)
+
+
+def test_a_rate_of_its_own_does_not_grow_where_a_step_fails() -> None:
+    tuned, batch = attached("bert", "u-bitfit(budget=0.2, final_rate=3)")
+    optimizer = torch.optim.SGD(tuned.trainable_parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    tuned.bind(optimizer, 10)
+    rates = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rates.append(optimizer.param_groups[-1]["lr"])
+        if len(rates) in (6, 7):
+            raise RuntimeError("out of memory")
+
+    optimizer.register_step_pre_hook(look)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss_of(tuned.model, batch).backward()
+        with contextlib.suppress(RuntimeError):
+            optimizer.step()
+            schedule.step()
+    assert rates == pytest.approx([0.05] * 4 + [0.15] * 4)
+
+
+def test_a_schedule_that_starts_at_zero_trains_what_is_left() -> None:
+    tuned, batch = attached("bert", "u-bitfit(budget=0.2, events=1)")
+    optimizer = torch.optim.SGD(tuned.trainable_parameters(), lr=0.0)
+    schedule = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.0, 0.1, step_size_up=6, cycle_momentum=False)
+    tuned.bind(optimizer, 10)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss_of(tuned.model, batch).backward()
+        optimizer.step()
+        schedule.step()
+    form = form_of(tuned)
+    values = torch.cat([bias.detach() for bias in form.searched()])
+    assert form.finished
+    assert int((values != form.start).sum()) > 0.9 * int(form.kept.sum())
+
+
+def test_what_was_not_pruned_trains_on_at_its_own_rate(tmp_path: Path) -> None:
+    tuned, batch = attached("bert", "u-bitfit(budget=1)")
+    again = deltune.load(build("bert"), tuned.save(tmp_path / "delta"))
+    ends = []
+    for handle in (tuned, again):
+        optimizer = torch.optim.SGD(handle.trainable_parameters(), lr=0.1)
+        handle.bind(optimizer, 10)
+        loss_of(handle.model, batch).backward()
+        optimizer.step()
+        ends.append(torch.cat([bias.detach() for bias in form_of(handle).searched()]))
+    assert (ends[0] != form_of(tuned).start).any()
+    torch.testing.assert_close(ends[0], ends[1])

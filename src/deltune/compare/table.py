@@ -58,13 +58,13 @@ class TableRow:
 
     @property
     def trainable(self) -> int:
-        """Number of trained values, the head's included."""
-        return int(self.results[0]["parameters"]["trainable"])
+        """Number of trained values, the head's included; the most of all seeds, as searches may keep different ones."""
+        return max(int(result["parameters"]["trainable"]) for result in self.results)
 
     @property
     def share(self) -> float:
         """Trained values as a share of the model's."""
-        return float(self.results[0]["parameters"]["share"])
+        return max(float(result["parameters"]["share"]) for result in self.results)
 
     @property
     def seconds(self) -> Spread:
@@ -90,8 +90,8 @@ class TableRow:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of the file that holds what was trained."""
-        return int(self.results[0]["checkpoint_bytes"])
+        """Bytes of the file that holds what was trained; the most of all seeds."""
+        return max(int(result["checkpoint_bytes"]) for result in self.results)
 
     @property
     def error(self) -> str:

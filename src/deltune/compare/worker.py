@@ -73,14 +73,27 @@ class _Progress(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 class _OptimizerState(transformers.TrainerCallback):  # type: ignore[misc]
-    """The greatest size of what the optimizer keeps, which methods with phases change."""
+    """The greatest size of what the optimizer keeps, which phases of methods change; None if not all was seen."""
 
     def __init__(self) -> None:
-        self.most = 0
+        self.most: int | None = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """A run that goes on has not been seen from its beginning."""
+        if state.global_step:
+            self.most = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Look at it before the step, at the end of which a phase may end."""
+        self._look(optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Look at it."""
-        self.most = max(self.most, optimizer_state_bytes(optimizer))
+        """And after it."""
+        self._look(optimizer)
+
+    def _look(self, optimizer: Any) -> None:
+        if self.most is not None:
+            self.most = max(self.most, optimizer_state_bytes(optimizer))
 
 
 def run_job(job: Job, emit: Emit) -> None:

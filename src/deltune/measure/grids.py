@@ -48,7 +48,8 @@ def grid_picture(
                 if value == value:
                     color = "white" if value > 0.6 * highest else "#333333"
                     axes.text(column, row, number(value), ha="center", va="center", color=color)
-        axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 8 else 30, ha="center")
+        rotation = 90 if len(columns) > 8 else 30
+        axes.set_xticks(range(len(columns)), columns, rotation=rotation, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xticks([column - 0.5 for column in range(1, len(columns))], minor=True)
         axes.set_yticks([row - 0.5 for row in range(1, len(rows))], minor=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltune.errors import MethodError
 
-__all__ = ["join", "leave", "multiples", "restore_groups", "split_groups"]
+__all__ = ["join", "leave", "restore_groups", "split_groups"]
 
 #: Key by which a parameter group is known that exists during one step only.
 _OWN_RATE = "deltune_split_from"
@@ -79,18 +79,9 @@ def leave(optimizer: torch.optim.Optimizer, dropped: Iterable[nn.Parameter]) -> 
         value.grad = None
 
 
-def multiples(optimizer: torch.optim.Optimizer, values: Iterable[nn.Parameter], multiple: float) -> dict[int, float]:
-    """What :func:`split_groups` takes for rates that are this multiple of the groups' present ones."""
-    own = {id(value) for value in values}
-    return {
-        id(value): multiple * group["lr"] / (group.get("initial_lr", group["lr"]) or 1.0)
-        for group in optimizer.param_groups
-        for value in group["params"]
-        if id(value) in own
-    }
-
-
-def split_groups(optimizer: torch.optim.Optimizer, multipliers: Mapping[int, float], **settings: float) -> None:
+def split_groups(
+    optimizer: torch.optim.Optimizer, multipliers: Mapping[int, float], *, present: bool = False, **settings: float
+) -> None:
     """For the step to come, give some parameters a rate of their own.
 
     A scheduler expects the groups that it found at first, so that new ones can exist during the step only.
@@ -98,7 +89,11 @@ def split_groups(optimizer: torch.optim.Optimizer, multipliers: Mapping[int, flo
     Args:
         optimizer: :func:`restore_groups` puts its groups back.
         multipliers: share of the group's initial rate, by ``id`` of the parameter.
+        present: whether they are shares of its present rate instead, which a scheduler may have changed.
         **settings: of these parameters, in the place of their group's, such as ``lr`` or ``weight_decay``.
+
+    Raises:
+        MethodError: if a group has no rate to take shares of.
     """
     if any(_OWN_RATE in group and id(group["params"][0]) in multipliers for group in optimizer.param_groups):
         # a step that failed has left them
@@ -106,17 +101,23 @@ def split_groups(optimizer: torch.optim.Optimizer, multipliers: Mapping[int, flo
     for group in list(optimizer.param_groups):
         together: dict[float, list[nn.Parameter]] = {}
         for value in group["params"]:
-            if id(value) in multipliers and value.grad is not None:
+            if id(value) in multipliers and (present or value.grad is not None):
                 together.setdefault(multipliers[id(value)], []).append(value)
         if not together:
             continue
         original = group["params"]
         own = {id(value) for values in together.values() for value in values}
         group["params"] = [value for value in original if id(value) not in own]
-        initial: Any = group.get("initial_lr", group["lr"])
+        whole: Any = group["lr"] if present else group.get("initial_lr", group["lr"])
+        if whole is None and "lr" not in settings:
+            raise MethodError(
+                f"{type(optimizer).__name__} finds its learning rates by itself, so parts of the model cannot have a "
+                "multiple of them. Give it a learning rate, or set the method's own rates to 1."
+            )
         for share, values in together.items():
+            rate = whole if "lr" in settings else share * whole
             optimizer.param_groups.append(
-                {**group, "params": values, "lr": share * initial, **settings, _OWN_RATE: (group, original)}
+                {**group, "params": values, "lr": rate, **settings, _OWN_RATE: (group, original)}
             )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltune.errors import MethodError
 from deltune.methods.base import Method
-from deltune.methods.optimizer_groups import multiples, restore_groups, split_groups
+from deltune.methods.optimizer_groups import restore_groups, split_groups
 from deltune.methods.options import option
 from deltune.sites import Form
 
@@ -183,12 +183,12 @@ def prune(forms: Sequence[Candidates], left: int, structured: bool, owner: str) 
     Args:
         forms: what holds them.
         left: how many are to be left; of structured ones at most as many: vectors are kept in the order of their
-            scores until the next one would be too much.
+            scores until the next one would be too much, and those that alone would be are dropped.
         structured: whether whole vectors are kept or dropped.
         owner: the method, for messages.
 
     Raises:
-        MethodError: if there is no score to choose by, or not even one vector may be kept.
+        MethodError: if there is no score to choose by, or no vector is small enough to be kept.
     """
     found = [form.scores(structured) for form in forms]
     scores, sizes = (torch.cat(list(column)) for column in zip(*found, strict=True))
@@ -202,13 +202,13 @@ def prune(forms: Sequence[Candidates], left: int, structured: bool, owner: str) 
             f"{owner}: no candidate has a score, so there is nothing to choose by. Did gradients reach the model, and "
             "does the optimizer hold all of tuned.trainable_parameters()?"
         )
-    order = torch.where(sizes > 0, scores, -torch.inf).argsort(descending=True, stable=True)
+    order = torch.where((sizes > 0) & (sizes <= left), scores, -torch.inf).argsort(descending=True, stable=True)
     kept = torch.zeros(len(scores), dtype=torch.bool)
     # the first ones, up to the first that is too much
     kept[order[: int((sizes[order].cumsum(0) <= left).sum())]] = True
     if not kept.any():
         raise MethodError(
-            f"{owner}: a budget of {left} values does not hold the most useful vector, of {int(sizes[order[0]])}. "
+            f"{owner}: a budget of {left} values holds nothing: the smallest vector has {int(sizes[sizes > 0].min())}. "
             "Raise the budget."
         )
     first = 0
@@ -311,10 +311,10 @@ class PruningSearch(Method):
             if form.schedule is not None and not form.finished:
                 form.observe(self.criterion)
             form.drop_gradients()
-            if self.is_found() or form.finished:
+            if form.finished or (self.is_found() and self.budget != 1):
                 own += form.searched()
         if self.final_rate != 1:
-            split_groups(optimizer, multiples(optimizer, own, self.final_rate))
+            split_groups(optimizer, {id(value): self.final_rate for value in own}, present=True)
 
     def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Drop what the schedule says, and see that what is dropped stays so.

@@ -68,7 +68,7 @@ class Form(nn.Module):
         """Called after the form's values were read from a file; nothing by default."""
 
     def trained_count(self) -> int:
-        """How many values it trains: all of its parameters, but those that a search has dropped for good."""
+        """How many values it trains: all of its parameters, but those that a search has dropped."""
         return sum(value.numel() for value in self.parameters())
 
     def penalty(self) -> Tensor | None:

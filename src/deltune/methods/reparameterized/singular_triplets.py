@@ -93,6 +93,11 @@ class SingularTriplets(LowRank):
         """Q and P diag(Lambda)."""
         return self.A, self.B * self.E.T
 
+    def trained_count(self) -> int:
+        """The values of the triplets that are left."""
+        left = self.rank if self.kept.is_meta else int(self.alive().sum())
+        return left * sum(value.numel() // self.rank for value in self.parameters())
+
     def alive(self) -> Tensor:
         """The triplets (r) that are not dropped: kept by the last allocation, or come back since."""
         return self.kept | (self.E.detach()[:, 0] != 0)

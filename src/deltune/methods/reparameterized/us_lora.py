@@ -138,8 +138,8 @@ class ULoRA(_SearchedLoRA):
     r"""LoRA with few trained entries: h = W0 x + s (B A - B0 A0) x, of which a search leaves single entries of A and B.
 
     All entries train for a while; then, in a few steps of equal ratio, those are dropped whose updates are least
-    useful by -delta dL/ddelta, a first-order estimate of what dropping them would cost, averaged over batches. When
-    ``budget`` is reached, those that are left train from the start.
+    useful by -delta dL/ddelta, a first-order estimate of what dropping them would change in the loss: by the mean of
+    its absolute values over batches. When ``budget`` is reached, those that are left train from the start.
 
     When to use:
         To learn where a low-rank change has to act, entry by entry. Its file is that of a LoRA, as large as the
@@ -172,8 +172,8 @@ class ULoRA(_SearchedLoRA):
 
     Differs from the paper:
         There is no official code, and the text leaves open how scores are averaged, how many steps of pruning there
-        are, and whether training begins anew; see ``u-bitfit``. The paper's idea of a balanced start that is not zero
-        is kept; how it is drawn is this library's choice.
+        are, and whether training begins anew; see ``u-bitfit``, also for ``criterion``. The paper's idea of a balanced
+        start that is not zero is kept; how it is drawn is this library's choice.
 
     Source:
         Lawton et al. 2023, arXiv 2305.16597.

@@ -12,7 +12,7 @@ from torch import nn
 from deltune.backbone import Anatomy, Targets
 from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement
-from deltune.methods.optimizer_groups import join, leave, multiples, restore_groups, split_groups
+from deltune.methods.optimizer_groups import join, leave, restore_groups, split_groups
 from deltune.methods.options import check_steps, number_of_steps, option
 from deltune.methods.registry import register
 from deltune.methods.selective.gated_differences import GatedDifferences
@@ -39,7 +39,9 @@ class DiffPruning(Method):
         Where a task must fit into very little space at the quality of training everything, memory for training is no
         matter, and there are many steps: which entries matter is learned, and not guessed before the training as by
         ``fish-mask``. It has to know the number of steps: ``deltune.fit`` and the trainers say it; in a loop of your
-        own write ``tuned.bind(optimizer, steps)``, without which the gates never end and train at the common rate.
+        own write ``tuned.bind(optimizer, steps)``, without which the gates never end and train at the common rate. The
+        learning rate is one for training everything; a new task head wants a higher one (``head_learning_rate``), and
+        so do other methods in a sum.
 
     Cost:
         Parameters: two for each of the model's and one for each tensor while the gates learn, then k; the head's on
@@ -63,7 +65,7 @@ class DiffPruning(Method):
         >>> model = BertForSequenceClassification(config)
         >>> total = model.num_parameters() - 66  # without the head
         >>> tuned = deltune.attach(model, deltune.DiffPruning(ratio=0.01))
-        >>> optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=1e-3)
+        >>> optimizer = torch.optim.AdamW(tuned.trainable_parameters(), lr=5e-5)
         >>> following = tuned.bind(optimizer, steps=8)
         >>> _ = tuned.model.train()
         >>> for _ in range(8):
@@ -210,7 +212,7 @@ class DiffPruning(Method):
         split_groups(optimizer, gates, lr=self.gate_rate, weight_decay=0.0)
         kept = [form.values for form in forms.values() if isinstance(form, EntriesForm) and form not in _gated(forms)]
         if self.final_rate != 1:
-            split_groups(optimizer, multiples(optimizer, kept, self.final_rate))
+            split_groups(optimizer, {id(value): self.final_rate for value in kept}, present=True)
 
     def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Put the optimizer's groups back; after the first phase, let it train what is kept in the place of all.
