@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,19 @@ def test_the_picture_shows_every_number(tmp_path: Path) -> None:
         assert word in text
     with pytest.raises(ValueError, match="no numbers"):
         site_picture({}, "change", tmp_path / "none.svg")
+
+
+def test_cells_of_the_picture_are_as_wide_as_their_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    widths = [
+        float(re.findall(r'width="([\d.]+)pt"', picture.read_text())[0])
+        for picture in (
+            site_picture(CHANGES, "change", tmp_path / f"{name}.svg", "", write)
+            for name, write in (("short", "{:.0f}".format), ("long", "{:.6e}".format))
+        )
+    ]
+    layers = len({key.split(".")[1] for key in CHANGES if key.startswith("encoder.")})
+    assert widths[1] - widths[0] > 72 * 0.3 * layers
 
 
 def test_changes_of_a_run(place: Place, deltune: Command, tmp_path: Path) -> None:

@@ -40,7 +40,9 @@ def grid_picture(
     from matplotlib.ticker import NullFormatter
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "deltune", "font.size": 9}):
-        figure = Figure(figsize=(1.9 + 0.42 * len(columns), 0.9 + 0.36 * len(rows)), layout="constrained")
+        longest = max((len(number(value)) for numbers in grid for value in numbers if value == value), default=0)
+        width = max(0.42, 0.12 + 0.075 * longest)
+        figure = Figure(figsize=(1.9 + width * len(columns), 0.9 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()
         axes.imshow(grid, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
         for row, numbers in enumerate(grid):
