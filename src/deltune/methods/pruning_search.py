@@ -229,7 +229,7 @@ class PruningSearch(Method):
     events: int = option(8, "how often candidates are dropped", minimum=1)
     criterion: str = option(
         "absolute",
-        "what a candidate is scored by: absolute, the mean of |-delta g| over batches, or signed, the mean of -delta g",
+        "of -delta g, by whose mean over batches a candidate is scored: absolute or signed values",
         choices=("absolute", "signed"),
     )
     restart: bool = option(True, "train what is left from the start again; else go on from what was learnt")
