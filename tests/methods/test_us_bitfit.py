@@ -575,7 +575,8 @@ def test_a_rate_of_its_own_does_not_grow_where_a_step_fails() -> None:
 
 
 def test_a_schedule_that_starts_at_zero_trains_what_is_left() -> None:
-    tuned, batch = attached("bert", "u-bitfit(budget=0.2, events=1)")
+    """When candidates are to be dropped for the first time, none has moved."""
+    tuned, batch = attached("bert", "u-bitfit(budget=0.2)")
     optimizer = torch.optim.SGD(tuned.trainable_parameters(), lr=0.0)
     schedule = torch.optim.lr_scheduler.CyclicLR(optimizer, 0.0, 0.1, step_size_up=6, cycle_momentum=False)
     tuned.bind(optimizer, 10)

@@ -333,7 +333,9 @@ class PruningSearch(Method):
             raise MethodError(f"{self.name} was not active when the optimizer was bound. Bind the optimizer again.")
         # a search that an earlier training left unfinished may be overdue
         left = schedule.target if step >= schedule.last else schedule.left_after(step)
-        if left is not None:
+        # where a warm-up starts at a rate of zero nothing has moved yet: the next time will do
+        scored = step >= schedule.last or any(bool(form.score.any()) for form in searching)
+        if left is not None and scored:
             prune(searching, left, self.structured, self.name)
         if step >= schedule.last:
             for form in searching:
