@@ -47,13 +47,24 @@ class Placement:
     """A form at a site; or one of the model's own parameters that is to train.
 
     ``site`` is a :class:`Site` with its ``form``, a :class:`ParameterSite` without, or None for a module that
-    several forms share and that is kept under the name ``shared``. ``part`` is the number of the method in a sum.
+    several forms share and that is kept under the name ``shared``. ``part`` is the number of the method in a sum; of
+    a sum inside of another, the numbers on the way to it: ``1.0``.
     """
 
     site: Site | ParameterSite | None
     form: Form | None = None
     shared: str = ""
-    part: int | None = None
+    part: str = ""
+
+    def within(self, number: int) -> Placement:
+        """This placement as that of the ``number``-th method of a sum."""
+        return replace(self, part=f"{number}.{self.part}" if self.part else str(number))
+
+    @property
+    def key(self) -> str:
+        """Under which the attachment keeps the form."""
+        key = self.shared if self.site is None else self.site.key
+        return f"{self.part}.{key}" if self.part else key
 
 
 @dataclass(frozen=True)
@@ -270,7 +281,7 @@ class Sum(Method):
         """The placements of every part, numbered by part, so that equal sites do not clash."""
         for number, method in enumerate(self.methods):
             for placement in method.place(model, anatomy):
-                yield replace(placement, part=number)
+                yield placement.within(number)
 
     def stored(self, forms: Mapping[str, Form]) -> Method:
         """The sum of the parts as they are stored."""
