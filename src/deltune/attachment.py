@@ -229,13 +229,11 @@ class Attachment:
 
 def _owner(site: Site, anatomy: Anatomy, model: nn.Module) -> str:
     """The layer that holds the site, or "" for the model itself."""
-    for stack in anatomy.stacks.values():
-        for layer in stack.layers:
-            if f"{site.part.module}.".startswith(f"{layer}."):
-                container = model.get_submodule(layer)
-                # a child of a container that calls its children would be called too
-                return "" if isinstance(container, nn.Sequential | nn.ModuleList) else layer
-    return ""
+    holding = anatomy.layer_of(site.part.module)
+    if holding is None:
+        return ""
+    # a child of a container that calls its children would be called too
+    return "" if isinstance(model.get_submodule(holding[1]), nn.Sequential | nn.ModuleList) else holding[1]
 
 
 def _recorded(

@@ -19,15 +19,12 @@ from deltune.model_hooks import (
     total_penalty,
 )
 from deltune.routing import remove_routed_heads, routed_heads
-from deltune.sites import Control, Insertion, Tap
+from deltune.sites import Control, Tap
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Installation"]
-
-#: A change of a matrix comes before one that reads the matrix's result, in whichever order they were attached.
-_ORDER = list(Insertion)
 
 
 class Installation:
@@ -68,7 +65,7 @@ class Installation:
             self._handles.extend(routed_heads(self.model, self.anatomy, self.control, live))
         for attachment in self.attachments.values():
             attachment.register(self.modules)
-        for tap in sorted(self.taps.values(), key=lambda tap: _ORDER.index(tap.site.insertion)):
+        for tap in sorted(self.taps.values(), key=lambda tap: tap.site.order):
             tap.install(self.modules)
         if total_penalty(self.control, self.attachments) is not None:
             self._handles.append(self.model.register_forward_hook(PenaltyHook(self.control, self.attachments)))

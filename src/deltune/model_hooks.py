@@ -34,7 +34,7 @@ __all__ = [
 
 def total_penalty(control: Control, attachments: Mapping[str, Attachment]) -> Tensor | None:
     """Sum of the live attachments' penalties, None if there is none."""
-    penalties = [penalty for name in control.live if (penalty := attachments[name].penalty()) is not None]
+    penalties = [penalty for name in control.trained if (penalty := attachments[name].penalty()) is not None]
     return sum(penalties[1:], penalties[0]) if penalties else None
 
 
@@ -48,7 +48,7 @@ class StepHooks:
 
     def bind(self, optimizer: torch.optim.Optimizer, steps: int | None) -> StepHooks:
         """Follow ``optimizer`` from now on, for so many steps."""
-        for attachment in self._live():
+        for attachment in self._trained():
             attachment.method.begin(attachment.forms, steps)
         self.control.bound += 1
         self._handles.append(optimizer.register_step_pre_hook(self.before))
@@ -65,17 +65,17 @@ class StepHooks:
 
     def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """What every live method does before a step."""
-        for attachment in self._live():
+        for attachment in self._trained():
             attachment.method.before_step(attachment.forms, attachment.steps + 1, optimizer)
 
     def after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """What every live method does after a step."""
-        for attachment in self._live():
+        for attachment in self._trained():
             attachment.steps += 1
             attachment.method.after_step(attachment.forms, attachment.steps, optimizer)
 
-    def _live(self) -> list[Attachment]:
-        return [self.attachments[name] for name in self.control.live]
+    def _trained(self) -> list[Attachment]:
+        return [self.attachments[name] for name in self.control.trained]
 
 
 class LayerDropHook:
@@ -109,7 +109,7 @@ class LayerDropHook:
                 "Dropping layers at random follows the steps of an optimizer: call tuned.bind(optimizer) before "
                 "training."
             )
-        step = max((self.attachments[name].steps for name in self.control.live), default=0)
+        step = max((self.attachments[name].steps for name in self.control.trained), default=0)
         self.control.dropped_in_training = dropped_at(step, seed, self.layers)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from deltune.attachment import Attachment
 from deltune.backbone import Anatomy, anatomy_of, describe_base_model
-from deltune.errors import MethodError, StateError
+from deltune.errors import MethodError, StateError, suggestion
 from deltune.folding import Folded
 from deltune.installation import Installation
 from deltune.methods import Method, parse
@@ -35,6 +35,10 @@ __all__ = ["HANDLE", "Switchboard"]
 HANDLE = "_deltune_handle"
 #: A method of transformers models that is refused while anything is attached.
 _RESIZE = "resize_token_embeddings"
+
+
+#: Weights of what is live, the route, whether it is stacked, and what does not train.
+State = tuple[dict[str, float], tuple[str | None, ...], bool, frozenset[str]]
 
 
 class Switchboard:
@@ -63,8 +67,8 @@ class Switchboard:
         self._taps: dict[str, Tap] = {}
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._frozen: list[tuple[nn.Parameter, bool]] | None = None
-        self._merged: tuple[Folded, dict[str, float]] | None = None
-        self._before_route: dict[str, float] = {}
+        self._merged: tuple[Folded, State] | None = None
+        self._before_route: State = ({}, (), False, frozenset())
         self._installation = Installation(
             model, self.anatomy, self.control, self.attachments, self._taps, self._modules
         )
@@ -87,7 +91,7 @@ class Switchboard:
         check_name(name, self.attachments)
         self._refuse_while_merged("attach")
         method = parse(method)
-        live, route = dict(self.control.live), self.control.route
+        present = self._present()
         with_head = bool(self.anatomy.head) if train_head is None else train_head
         if with_head and not self.anatomy.head:
             raise MethodError("train_head is set, but this model has no task head.")
@@ -97,13 +101,13 @@ class Switchboard:
             check_replaced([attachment])
             check_written([attachment])
         except Exception:
-            self._set_live(live, route)
+            self._set_live(*present)
             raise
         # what a file holds may act without training
         if not any(True for _ in attachment.parameters()) and not any(
             form.saved_buffers for form in attachment.forms.values()
         ):
-            self._set_live(live, route)
+            self._set_live(*present)
             raise MethodError(f"{method} would train nothing in this model.")
         if self._frozen is None:
             self._frozen = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -118,16 +122,30 @@ class Switchboard:
         self._set_live({name: 1.0})
         return self
 
-    def activate(self, *names: str, weights: Iterable[float] | None = None) -> None:
+    def activate(
+        self,
+        *names: str,
+        weights: Iterable[float] | None = None,
+        stacked: bool = False,
+        frozen: Iterable[str] = (),
+    ) -> None:
         """Make these attachments live, and only these. With no name: none, the bare model.
 
         Args:
             *names: attached names; the changes of several are added.
-            weights: factor of each one's change, by default one.
+            weights: factor of each one's change, by default one. Weights that are 1 in sum make an average.
+            stacked: let each adapter behind a sublayer or layer read what those before it have made of the result, not
+                the result itself: ``activate("language", "task", stacked=True)`` puts the task's adapter on top of the
+                language's. Other changes are added as they are without it: those of weights, of what stands beside a
+                sublayer; keys and values, and input rows, are joined.
+            frozen: those of ``names`` that act but do not train.
 
         Raises:
             StateError: if a name is not attached, several select the same parameter, or weights are given to
                 a change that cannot be scaled.
+
+        Source:
+            Pfeiffer et al. 2020, arXiv 2005.00052 (stacked); Poth et al. 2023, arXiv 2311.11077.
         """
         self._refuse_while_merged("activate")
         factors = tuple(weights) if weights is not None else (1.0,) * len(names)
@@ -135,24 +153,35 @@ class Switchboard:
             raise StateError(f"{len(names)} names but {len(factors)} weights were given.")
         for name in names:
             self._attachment(name)
+        resting = frozenset((frozen,) if isinstance(frozen, str) else frozen)
+        absent = next((name for name in resting if name not in names), None)
+        if absent is not None:
+            raise StateError(
+                f"{absent!r} cannot be frozen: it is not among what is activated. {suggestion(absent, names)}"
+            )
         check_together(self.attachments, self._taps, names, factors)
-        self._set_live(dict(zip(names, factors, strict=True)))
+        self._set_live(dict(zip(names, factors, strict=True)), stacked=stacked, frozen=resting)
 
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the live attachments."""
         return tuple(self.control.live)
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the live attachments that train."""
+        return self.control.trained
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Exactly the bare model inside the block: no hooks, no additional keys, the original parameters."""
         self._refuse_while_merged("disable")
-        live, route = dict(self.control.live), self.control.route
+        present = self._present()
         self._set_live({})
         try:
             yield
         finally:
-            self._set_live(live, route)
+            self._set_live(*present)
 
     def route(self, rows: Iterable[str | None] | None) -> None:
         """Let each row of a batch take an attachment of its own: ``route(["sst2", "cola", None])``.
@@ -171,14 +200,14 @@ class Switchboard:
         self._refuse_while_merged("route")
         if rows is None:
             if self.control.route:
-                self._set_live(self._before_route)
+                self._set_live(*self._before_route)
             return
         route = tuple(rows)
         if isinstance(rows, str) or not route:
             raise StateError(f"A route is a list with a name, or None, for each row of a batch, not {rows!r}.")
         names = dict.fromkeys((name for name in route if name is not None), 1.0)
         check_route(self.attachments, names)
-        before = self._before_route if self.control.route else dict(self.control.live)
+        before = self._before_route if self.control.route else self._present()
         if self.control.route and list(names) == list(self.control.live):
             self.control.route = route
         else:
@@ -191,13 +220,12 @@ class Switchboard:
 
         The backward pass of a routed loss belongs into the block too: what is not live has no gradient.
         """
-        live, route = dict(self.control.live), self.control.route
-        before = self._before_route
+        present, before = self._present(), self._before_route
         self.route(rows)
         try:
             yield
         finally:
-            self._set_live(live, route)
+            self._set_live(*present)
             self._before_route = before
 
     @contextmanager
@@ -249,7 +277,7 @@ class Switchboard:
             check_dropped(1, self.anatomy, self.attachments.values())
         self.control.drop_seed = seed
         self.control.dropped_in_training = 0
-        self._set_live(dict(self.control.live), self.control.route)
+        self._set_live(*self._present())
 
     def detach(self, name: str | None = None) -> nn.Module:
         """Remove one attachment, or all; without any left the model is bit-identical to what it was.
@@ -260,7 +288,8 @@ class Switchboard:
         if self._merged is not None:
             self.unmerge()
         self.route(None)
-        live = {other: weight for other, weight in self.control.live.items() if name is not None and other != name}
+        live, _, stacked, frozen = self._present()
+        live = {other: weight for other, weight in live.items() if name is not None and other != name}
         names = list(self.attachments) if name is None else [self._attachment(name).name]
         self._set_live({})
         for item in names:
@@ -271,7 +300,7 @@ class Switchboard:
                 if not tap.forms:
                     del self._taps[site.identity]
         if self.attachments:
-            self._set_live(live)
+            self._set_live(live, (), stacked, frozen - {name})
         elif self._frozen is not None:
             for parameter, required in self._frozen:
                 parameter.requires_grad_(required)
@@ -287,10 +316,10 @@ class Switchboard:
         """
         if self._merged is None:
             raise StateError("Nothing is merged.")
-        folded, live = self._merged
+        folded, present = self._merged
         folded.undo()
         self._merged = None
-        self._set_live(live)
+        self._set_live(*present)
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -301,7 +330,17 @@ class Switchboard:
         if self._merged is not None:
             raise StateError(f"Cannot {action} while merged. Call unmerge() first.")
 
-    def _set_live(self, live: dict[str, float], route: tuple[str | None, ...] = ()) -> None:
+    def _present(self) -> State:
+        """What is live now, as :meth:`_set_live` takes it."""
+        return dict(self.control.live), self.control.route, self.control.stacked, self.control.frozen
+
+    def _set_live(
+        self,
+        live: dict[str, float],
+        route: tuple[str | None, ...] = (),
+        stacked: bool = False,
+        frozen: frozenset[str] = frozenset(),
+    ) -> None:
         """Take everything off the model, then put the given attachments on, for the rows of ``route`` or for all."""
         for name in reversed(tuple(self.control.live)):
             attachment = self.attachments[name]
@@ -310,12 +349,12 @@ class Switchboard:
         self._installation.take_off()
         self.control.live.clear()
         self.control.live.update(live)
-        self.control.route = route
+        self.control.route, self.control.stacked, self.control.frozen = route, stacked, frozen
         for name in live:
             attachment = self.attachments[name]
             if not route:  # else all that it has selected is a head, which acts on its own rows
                 attachment.selection.swap_in()
-            attachment.trainable(True)
+            attachment.trainable(name not in frozen)
         if live:
             self._installation.put_on()
 

@@ -75,19 +75,19 @@ class Tuned(Switchboard):
     # -- training --------------------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the live attachments, for an optimizer."""
+        """The parameters of the live attachments that train, for an optimizer."""
         return [parameter for _, parameter in self.named_trainable_parameters()]
 
     def named_trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As :meth:`trainable_parameters`, with names; several live attachments are told apart by theirs."""
-        several = len(self.control.live) > 1
-        for name in self.control.live:
+        several = len(self.trained) > 1
+        for name in self.trained:
             for key, parameter in self.attachments[name].parameters():
                 yield (f"{name}.{key}" if several else key), parameter
 
     def prepare(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Let the live methods set themselves up from data, where they need it."""
-        for name in self.control.live:
+        """Let the live methods that train set themselves up from data, where they need it."""
+        for name in self.trained:
             attachment = self.attachments[name]
             attachment.method.prepare(self.model, attachment.forms, batches)
         if self.control.live:  # what trains may be something else now
@@ -192,7 +192,8 @@ class Tuned(Switchboard):
             raise StateError("Nothing is active, so there is nothing to merge.")
         if self.control.route or self.control.dropped:
             raise StateError("Weights are the same for all rows and layers: end routing and dropping before merging.")
-        live = dict(self.control.live)
+        present = self._present()
+        live = present[0]
         if any(weight != 1.0 for weight in live.values()):
             raise StateError("Attachments with weights other than one cannot be merged.")
         self._set_live({})
@@ -204,10 +205,10 @@ class Tuned(Switchboard):
                 self._modules.update(self.model.named_modules(remove_duplicate=False))
             folded = fold([self.attachments[name] for name in live], self._modules)
         except Exception:
-            self._set_live(live)
+            self._set_live(*present)
             raise
         if reversible:
-            self._merged = (folded, live)
+            self._merged = (folded, present)
             return self.model
         self.attachments.clear()
         self._taps.clear()

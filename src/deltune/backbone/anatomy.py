@@ -256,10 +256,18 @@ class Anatomy:
         """
         if part.stack in self.stacks:
             return self.stacks[part.stack]
+        holding = self.layer_of(part.module)
+        if holding is None:
+            raise KeyError(part.key)
+        return holding[0]
+
+    def layer_of(self, module: str) -> tuple[Stack, str] | None:
+        """The stack and the dotted name of the layer that is, or holds, the module of that dotted name."""
         for stack in self.stacks.values():
-            if any(part.module.startswith(f"{layer}.") for layer in stack.layers):
-                return stack
-        raise KeyError(part.key)
+            for layer in stack.layers:
+                if f"{module}.".startswith(f"{layer}."):
+                    return stack, layer
+        return None
 
     def of(self, role: str, stack: str | None = None) -> tuple[Part, ...]:
         """The parts that play ``role``, in all stacks or in one."""

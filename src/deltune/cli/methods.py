@@ -19,9 +19,9 @@ def methods(
     json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """List the methods; with a name, show the page of one: when to use it, its cost, its options, its paper."""
-    from deltune.methods import all_methods, get
+    from deltune.methods import Sum, all_methods, get
 
-    chosen = [get(name)] if name is not None else [kind for kind in all_methods().values() if kind.name != "sum"]
+    chosen = [get(name)] if name is not None else [kind for kind in all_methods().values() if not issubclass(kind, Sum)]
     if json:
         rows = [_row(kind) for kind in chosen]
         print_json(rows[0] if name is not None else rows)

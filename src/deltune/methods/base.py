@@ -268,7 +268,8 @@ class Sum(Method):
     def __post_init__(self) -> None:
         flat: list[Method] = []
         for method in self.methods:
-            flat.extend(method.methods if isinstance(method, Sum) else (method,))
+            # the parts of a sum of another kind belong together
+            flat.extend(method.methods if type(self) is type(method) is Sum else (method,))
         if len(flat) < 2:
             raise MethodError("A sum needs at least two methods: LoRA(rank=8) + BitFit().")
         object.__setattr__(self, "methods", tuple(flat))
@@ -283,9 +284,15 @@ class Sum(Method):
             for placement in method.place(model, anatomy):
                 yield placement.within(number)
 
+    def with_forms(self, forms: Mapping[str, Form]) -> Iterator[tuple[Method, dict[str, Form]]]:
+        """Each part with its own of ``forms``, by the keys that it gave them."""
+        for number, method in enumerate(self.methods):
+            prefix = f"{number}."
+            yield method, {key.removeprefix(prefix): form for key, form in forms.items() if key.startswith(prefix)}
+
     def stored(self, forms: Mapping[str, Form]) -> Method:
         """The sum of the parts as they are stored."""
-        return Sum(tuple(method.stored(_part(forms, number)) for number, method in enumerate(self.methods)))
+        return Sum(tuple(method.stored(own) for method, own in self.with_forms(forms)))
 
     @property
     def base_format(self) -> NF4 | None:
@@ -302,36 +309,32 @@ class Sum(Method):
     def prepare(self, model: nn.Module, forms: Mapping[str, Form], batches: Iterable[Mapping[str, Any]]) -> None:
         """Every part's own set-up, all from the same batches."""
         batches = list(batches)
-        for number, method in enumerate(self.methods):
-            method.prepare(model, _part(forms, number), batches)
+        for method, own in self.with_forms(forms):
+            method.prepare(model, own, batches)
 
     def penalty(self, forms: Mapping[str, Form]) -> Tensor | None:
         """Sum of the parts' penalties."""
-        penalties = [
-            penalty
-            for number, method in enumerate(self.methods)
-            if (penalty := method.penalty(_part(forms, number))) is not None
-        ]
+        penalties = [penalty for method, own in self.with_forms(forms) if (penalty := method.penalty(own)) is not None]
         return sum(penalties[1:], penalties[0]) if penalties else None
 
     def begin(self, forms: Mapping[str, Form], steps: int | None) -> None:
         """Every part's own."""
-        for number, method in enumerate(self.methods):
-            method.begin(_part(forms, number), steps)
+        for method, own in self.with_forms(forms):
+            method.begin(own, steps)
 
     def before_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Every part's own schedule."""
-        for number, method in enumerate(self.methods):
-            method.before_step(_part(forms, number), step, optimizer)
+        for method, own in self.with_forms(forms):
+            method.before_step(own, step, optimizer)
 
     def after_step(self, forms: Mapping[str, Form], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Every part's own schedule."""
-        for number, method in enumerate(self.methods):
-            method.after_step(_part(forms, number), step, optimizer)
+        for method, own in self.with_forms(forms):
+            method.after_step(own, step, optimizer)
 
     def settled(self, forms: Mapping[str, Form]) -> bool:
         """Whether all parts are."""
-        return all(method.settled(_part(forms, number)) for number, method in enumerate(self.methods))
+        return all(method.settled(own) for method, own in self.with_forms(forms))
 
     def to_dict(self) -> dict[str, Any]:
         """Name and the parts' own dictionaries."""
@@ -339,9 +342,3 @@ class Sum(Method):
 
     def __str__(self) -> str:
         return " + ".join(str(method) for method in self.methods)
-
-
-def _part(forms: Mapping[str, Form], number: int) -> dict[str, Form]:
-    """The forms of one part of a sum, by the keys that it gave them."""
-    prefix = f"{number}."
-    return {key.removeprefix(prefix): form for key, form in forms.items() if key.startswith(prefix)}

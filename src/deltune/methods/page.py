@@ -135,9 +135,11 @@ def write_pages(folder: Path, others: Iterable[Path] = ()) -> None:
 
 def own_methods() -> list[type[Method]]:
     """The methods that have a file in this package."""
-    from deltune.methods import all_methods
+    from deltune.methods import Sum, all_methods
 
-    return [kind for kind in all_methods().values() if kind.__module__.startswith("deltune.") and kind.name != "sum"]
+    return [
+        kind for kind in all_methods().values() if kind.__module__.startswith("deltune.") and not issubclass(kind, Sum)
+    ]
 
 
 def _options(kind: type[Method]) -> str:

@@ -26,6 +26,8 @@ __all__ = ["all_methods", "get", "parse", "register", "split_specifications"]
 
 _REGISTERED: dict[str, type[Method]] = {}
 _BRANCHES = ("selective", "additive", "reparameterized", "hybrid")
+#: How an option begins.
+_OPTION = re.compile(r"\s*\w+\s*=")
 _loaded = False
 
 MethodType = TypeVar("MethodType", bound=type[Method])
@@ -77,7 +79,9 @@ def get(name: str) -> type[Method]:
 
 
 def parse(specification: str | dict[str, Any] | Method) -> Method:
-    """A method from text: ``lora``, ``lora(rank=16, alpha=32)``, or a sum of such: ``lora + bitfit``.
+    """A method from text: ``lora``, ``lora(rank=16, alpha=32)``, or several.
+
+    Several are a sum, ``lora + bitfit``, or a gated one, ``gated(lora, prefix-tuning(length=5), gate=scalar)``.
 
     Args:
         specification: text, the dictionary of :meth:`Method.to_dict`, or a method, which is returned as it is.
@@ -105,15 +109,20 @@ def _parse_term(text: str) -> Method:
     if match is None:
         raise MethodError(f"{text!r} is no method. Write a name, or a name with options: lora(rank=16, alpha=32).")
     name, inside = match.groups()
-    options: dict[str, str] = {}
-    for piece in _split_options(inside or ""):
+    kind = get(name)
+    options: dict[str, Any] = {}
+    pieces = split_specifications(inside or "") if issubclass(kind, Sum) else _split_options(inside or "")
+    if issubclass(kind, Sum):
+        options["methods"] = tuple(parse(piece) for piece in pieces if not _OPTION.match(piece))
+        pieces = [piece for piece in pieces if _OPTION.match(piece)]
+    for piece in pieces:
         if not piece.strip():
             continue
         key, equals, value = piece.partition("=")
         if not equals:
             raise MethodError(f"{piece.strip()!r} in {text!r} is no option. Write option=value, such as rank=16.")
         options[key.strip().replace("-", "_")] = value.strip().strip("'\"")
-    return get(name).from_options(options)
+    return kind.from_options(options)
 
 
 def split_specifications(text: str) -> list[str]:
@@ -134,7 +143,7 @@ def _split_options(text: str) -> list[str]:
     """
     options: list[str] = []
     for piece in split(text, ","):
-        if options and piece.strip() and not re.match(r"\s*\w+\s*=", piece):
+        if options and piece.strip() and not _OPTION.match(piece):
             options[-1] += f",{piece}"
         else:
             options.append(piece)

@@ -8,6 +8,7 @@ from deltune.sites.attention_records import recorded_keys_and_values
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
 from deltune.sites.embedding import ReadingTokenForm, TokenForm, TokenSite, token_sites
 from deltune.sites.entries import EntriesForm, EntriesSite, Piece, entries_below, entries_site
+from deltune.sites.gate import GateForm, GateSite, Pooling, causal_at, gate_site
 from deltune.sites.layer import LayerForm, LayerSite, NormedSumSite, layer_sites, residual_sum_sites
 from deltune.sites.mask import MaskForm, MaskSite, mask_sites
 from deltune.sites.parallel import ParallelForm, ParallelSite, parallel_sites
@@ -22,6 +23,8 @@ __all__ = [
     "EntriesForm",
     "EntriesSite",
     "Form",
+    "GateForm",
+    "GateSite",
     "Insertion",
     "KeyValueForm",
     "KeyValueSite",
@@ -34,6 +37,7 @@ __all__ = [
     "ParallelSite",
     "ParameterSite",
     "Piece",
+    "Pooling",
     "PositionShift",
     "PositionSite",
     "PseudoTokenSite",
@@ -51,8 +55,10 @@ __all__ = [
     "TokenSite",
     "WeightForm",
     "WeightSite",
+    "causal_at",
     "entries_below",
     "entries_site",
+    "gate_site",
     "key_value_sites",
     "layer_sites",
     "mask_sites",

@@ -1,6 +1,7 @@
 """More keys and values for an attention function.
 
-Letters: B batch, H heads, K key/value heads, Q queries, T keys, P additional keys, D width of a head.
+Letters: B batch, b rows of it that a form serves, H heads, K key/value heads, Q queries, T keys, P additional keys,
+D width of a head, n forms whose gates differ from query to query.
 
 The additional keys and values enter after rotation, normalisation and the update of the cache: they are
 never cached, shift no position and survive beam search and static caches. They are put in front of the
@@ -23,8 +24,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltune.backbone import Anatomy, AttentionShape, Targets
 from deltune.errors import StateError, TargetError
+from deltune.sites.added_keys import AddedKeys, Keys
 from deltune.sites.attention_positions import CountPositions
-from deltune.sites.base import Control, Form, Insertion, Site, Tap
+from deltune.sites.base import Control, Form, Insertion, Seen, Site, Tap, gated, rows_of
 
 __all__ = ["KeyValueForm", "KeyValueSite", "dispatching_to", "key_value_sites", "own_function", "with_additional_keys"]
 
@@ -57,6 +59,7 @@ class KeyValueSite(Site):
     positions_entry: str | None = None
 
     insertion: ClassVar[Insertion] = Insertion.KEY_VALUE
+    gateable: ClassVar[bool] = True
 
     def tap(self, control: Control) -> KeyValueTap:
         """A tap inside the attention function."""
@@ -72,6 +75,7 @@ class KeyValueTap(Tap):
         super().__init__(site, control)
         self.implementation = "eager"
         self.reached = False
+        self._seen = Seen()
         self._original: tuple[nn.Module, Any] | None = None
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
@@ -86,6 +90,8 @@ class KeyValueTap(Tap):
         self._original = (module, config)
         module.config = private
         module.__dict__[_TAP] = self
+        if any(form.gated_by for forms in self.forms.values() for form in forms):
+            self._handles.append(module.register_forward_pre_hook(self.read, with_kwargs=True))
         self._handles.append(module.register_forward_hook(self))
         if self.site.positions_entry is not None:
             self._handles.extend(CountPositions.install(self, modules[self.site.positions_entry]))
@@ -107,32 +113,19 @@ class KeyValueTap(Tap):
                 "additional keys and values would have no effect in it. Choose a method that does not need them."
             )
 
-    def keys_and_values(self, reference: Tensor) -> _Added | None:
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the module reads for the gates, until its attention function runs."""
+        self._seen.inputs[:] = [args[0] if args else next(iter(kwargs.values()))]
+
+    def keys_and_values(self, reference: Tensor) -> AddedKeys | None:
         """Keys and values of all live forms, for a batch shaped and typed ``reference`` (B, K, T, D); None for none."""
-        found = [(*form(), rows) for form, _, rows in self.changes(reference)]
-        if not found:
-            return None
-        shape = (reference.shape[0], -1, -1, -1)
-        keys = torch.cat([key.expand(shape) for key, _, _ in found], dim=2).to(reference)
-        values = torch.cat([value.expand(shape) for _, value, _ in found], dim=2).to(reference)
-        if all(rows is None for _, _, rows in found):
-            return _Added(keys, values, None)
-        # each form has columns of its own, which other rows do not see
-        visible = torch.zeros(reference.shape[0], 1, 1, keys.shape[2], dtype=torch.bool, device=reference.device)
-        start = 0
-        for key, _, rows in found:
-            visible[rows, :, :, start : start + key.shape[1]] = True
-            start += key.shape[1]
-        return _Added(keys, values, visible)
-
-
-@dataclass
-class _Added:
-    """Keys and values (B, K, P, D), and which of them each row sees, (B, 1, 1, P) boolean; all of them for None."""
-
-    keys: Tensor
-    values: Tensor
-    visible: Tensor | None
+        read = self._seen.inputs.pop() if self._seen.inputs else None
+        found = []
+        for form, _, rows in self.changes(reference):
+            keys, values = form()
+            weight = 1.0 if read is None else gated(form, 1.0, rows_of(read, rows), rows)
+            found.append(Keys(keys, values, weight, rows))
+        return AddedKeys.of(found, reference) if found else None
 
 
 def dispatching_to(name: str, config: Any) -> tuple[str, Any]:
@@ -171,20 +164,6 @@ def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
 
 
-def _widened(mask: Tensor, added: _Added) -> Tensor:
-    """``mask`` (B or 1, H or 1, Q or 1, T), boolean or additive, with the additional columns in front."""
-    boolean = mask.dtype == torch.bool
-    count = added.keys.shape[2]
-    if added.visible is None:
-        front = mask.new_full((*mask.shape[:-1], count), True if boolean else 0.0)
-        return torch.cat([front, mask], dim=-1)
-    front = added.visible
-    if not boolean:
-        front = mask.new_zeros(front.shape).masked_fill(~front, torch.finfo(mask.dtype).min)
-    front = front.expand(-1, mask.shape[1], mask.shape[2], -1)
-    return torch.cat([front, mask.expand(front.shape[0], -1, -1, -1)], dim=-1)
-
-
 def with_additional_keys(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -213,7 +192,7 @@ def with_additional_keys(
         causal = kwargs.pop("is_causal", None)
         causal = vars(module).get("is_causal", True) if causal is None else causal
         if causal and not eager and query.shape[2] > 1:
-            attention_mask = _widened(_causal(query.shape[2], key.shape[2], key.device), added)
+            attention_mask = added.widened(_causal(query.shape[2], key.shape[2], key.device))
         else:
             if not eager:
                 kwargs["is_causal"] = False
@@ -222,19 +201,22 @@ def with_additional_keys(
                 all_visible = (
                     query.new_zeros(shape) if eager else torch.ones(shape, dtype=torch.bool, device=key.device)
                 )
-                attention_mask = _widened(all_visible, added)
+                attention_mask = added.widened(all_visible)
     elif not isinstance(attention_mask, Tensor) or attention_mask.dim() != 4:
         raise StateError(
             f"An attention mask of type {type(attention_mask).__name__} cannot be widened for additional keys. "
             "Load the model with attn_implementation='sdpa' or 'eager'."
         )
     else:
-        attention_mask = _widened(attention_mask, added)
+        attention_mask = added.widened(attention_mask)
     if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = _widened(kwargs["position_bias"], replace(added, visible=None))
-    key = torch.cat([added.keys, key], dim=2)
-    value = torch.cat([added.values, value], dim=2)
-    return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        kwargs["position_bias"] = replace(added, visible=None).widened(kwargs["position_bias"])
+    if added.gates:
+        # the width that the functions would take it from is that of several heads now
+        kwargs["scaling"] = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+    query, key, value = added.joined(query, key, value)
+    output, weights = function(module, query, key, value, attention_mask, **kwargs)
+    return added.parted(output), weights
 
 
 AttentionInterface.register(IMPLEMENTATION, with_additional_keys)

@@ -7,11 +7,12 @@ model's modules. A *control*, shared by all taps of a model, says which attachme
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from deltune.errors import StateError
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["BANK", "Control", "Form", "Insertion", "Site", "Tap"]
+__all__ = ["BANK", "Control", "Form", "Gate", "Insertion", "Seen", "Site", "Tap"]
 
 #: Name of the submodule that holds the forms, in each layer that has some and in the model itself.
 BANK = "deltune"
@@ -40,6 +41,17 @@ class Insertion(str, Enum):
     SELECT = "select"
 
 
+class Gate(Protocol):
+    """How much of a change is used, computed from what the form reads."""
+
+    def value(self, h: Tensor, rows: Tensor | None) -> Tensor:
+        """G, (batch, 1, 1) or (batch, positions, 1), for ``h`` (batch, positions, features).
+
+        ``rows`` are the indices of these rows in the whole batch; None where they are all of it.
+        """
+        ...
+
+
 class Form(nn.Module):
     """Computes a change: ``forward`` returns dh. Subclasses know shapes, never models.
 
@@ -50,6 +62,9 @@ class Form(nn.Module):
 
     #: Names of buffers that are not trained but belong into the file, such as the prompts of other tasks.
     saved_buffers: tuple[str, ...] = ()
+    #: The gate that the change is multiplied by, if it has one. In a tuple, so that it is no submodule: several forms
+    #: may share a gate, and it has a place of its own.
+    gated_by: tuple[Gate, ...] = ()
 
     def stored(self) -> Form | None:
         """The form to write to a file: by default itself; a reparameterised form returns its flat equal.
@@ -89,6 +104,9 @@ class Control:
         dropped: number of the lowest layers of each stack in which nothing acts (Rücklé et al. 2021).
         dropped_in_training: as ``dropped``, for forms that are in training mode.
         bound: number of optimizers that are followed.
+        stacked: whether each of the live attachments reads what those before it have made of a result, not the result
+            itself; it concerns changes of results alone.
+        frozen: names of live attachments that do not train.
         drop_seed: where that number is drawn anew for each step of training, what the draws start from; else None.
     """
 
@@ -98,6 +116,13 @@ class Control:
     dropped_in_training: int = 0
     drop_seed: int | None = None
     bound: int = 0
+    stacked: bool = False
+    frozen: frozenset[str] = frozenset()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the live attachments that train."""
+        return tuple(name for name in self.live if name not in self.frozen)
 
     def acts(self, layer: int | None, training: bool) -> bool:
         """Whether forms in that layer, None for outside of the layers, act at present."""
@@ -116,6 +141,17 @@ class Control:
                 f"Give batches of {count} rows, or of a multiple of it, or another route."
             )
         return tuple(name for name in self.route for _ in range(batch // count))
+
+
+class Seen(threading.local):
+    """Tensors that one thread has read and waits to use, if any; copies and pickles hold none."""
+
+    def __init__(self) -> None:
+        # a list that is changed in place: torch.compile does not follow a new value of an attribute
+        self.inputs: list[Tensor] = []
+
+    def __reduce__(self) -> tuple[type[Seen], tuple[()]]:
+        return Seen, ()
 
 
 class Tap(ABC):
@@ -149,6 +185,13 @@ class Tap(ABC):
             if rows:
                 yield form, weight, torch.tensor(rows, device=x.device)
 
+    def reads_anew(self, form: Form, before: Form | None) -> bool:
+        """Whether ``form`` reads what the forms up to ``before`` have changed: the first of a stacked attachment."""
+        return self.control.stacked and before is not None and self._owner(form) != self._owner(before)
+
+    def _owner(self, form: Form) -> str:
+        return next(name for name, forms in self.forms.items() if any(other is form for other in forms))
+
     def _acting(self) -> Iterator[tuple[str, Form, float]]:
         layer = self.site.part.layer
         for name, weight in self.control.live.items():
@@ -179,6 +222,8 @@ class Site(ABC):
     part: Part
 
     insertion: ClassVar[Insertion]
+    #: Whether a gate can scale the changes here.
+    gateable: ClassVar[bool] = False
 
     @property
     def key(self) -> str:
@@ -189,6 +234,11 @@ class Site(ABC):
     def identity(self) -> str:
         """Name under which attachments share one tap: insertion and place."""
         return f"{self.insertion.value}:{self.key}"
+
+    @property
+    def order(self) -> int:
+        """Whose hooks come first: a change of a matrix before one that reads the matrix's result, and so on."""
+        return list(Insertion).index(self.insertion)
 
     @abstractmethod
     def tap(self, control: Control) -> Tap:
@@ -209,15 +259,35 @@ class Site(ABC):
         )
 
 
+def gated(form: Form, weight: float, read: Tensor, rows: Tensor | None) -> float | Tensor:
+    """The weight of a form's change, times its gate if it has one: (b, 1, 1) or (b, positions, 1) then.
+
+    Args:
+        form: the form.
+        weight: of its attachment.
+        read: what the form reads in its b rows, (b, positions, features).
+        rows: indices of these rows; None for all of the batch.
+    """
+    if not form.gated_by:
+        return weight
+    (gate,) = form.gated_by
+    value = gate.value(read, rows)
+    return value if weight == 1.0 else weight * value
+
+
 def rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
     """These rows of ``x``; ``x`` itself for None."""
     return x if rows is None else x.index_select(0, rows)
 
 
-def with_change(h: Tensor, change: Tensor, weight: float = 1.0, rows: Tensor | None = None) -> Tensor:
+def weighted(change: Tensor, weight: float | Tensor) -> Tensor:
+    """``weight`` times ``change``."""
+    return weight * change if isinstance(weight, Tensor) or weight != 1.0 else change
+
+
+def with_change(h: Tensor, change: Tensor, weight: float | Tensor = 1.0, rows: Tensor | None = None) -> Tensor:
     """``h`` plus ``weight`` times ``change``, which is of these rows of it; of all for None."""
-    if weight != 1.0:
-        change = weight * change
+    change = weighted(change, weight)
     return h + change if rows is None else h.index_add(0, rows, change.to(h.dtype))
 
 

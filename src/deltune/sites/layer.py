@@ -11,7 +11,7 @@ from torch import nn
 
 from deltune.backbone import Anatomy, Targets
 from deltune.errors import TargetError
-from deltune.sites.base import Control, Form, Insertion, Site, Tap, rows_of, with_change
+from deltune.sites.base import Control, Form, Insertion, Site, Tap, gated, rows_of, with_change
 from deltune.sites.sublayer import OutputTap, type_and_device, widths
 
 __all__ = ["LayerForm", "LayerSite", "NormedSumSite", "layer_sites", "residual_sum_sites"]
@@ -34,6 +34,7 @@ class LayerSite(Site):
     layer: str
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    gateable: ClassVar[bool] = True
 
     @property
     def identity(self) -> str:
@@ -59,6 +60,7 @@ class NormedSumSite(Site):
     norm: str
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    gateable: ClassVar[bool] = True
 
     @property
     def identity(self) -> str:
@@ -81,15 +83,17 @@ class NormedSumTap(Tap):
         self._handles.append(modules[self.site.norm].register_forward_pre_hook(self))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Add the live changes to the sum; all of them read the norm of the unchanged one."""
-        live = list(self.changes(args[0]))
-        if not live:
+        """Add the live changes to the sum; all of them read the norm of the unchanged one, unless stacked."""
+        normed, changed, before = None, args[0], None
+        for form, weight, rows in self.changes(args[0]):
+            if normed is None or self.reads_anew(form, before):
+                # not as a call, which would come to this hook again
+                normed = module.forward(changed)
+            read = rows_of(normed, rows)
+            changed = with_change(changed, form(read), gated(form, weight, read, rows), rows)
+            before = form
+        if normed is None:
             return None
-        # not as a call, which would come to this hook again
-        normed = module.forward(args[0])
-        changed = args[0]
-        for form, weight, rows in live:
-            changed = with_change(changed, form(rows_of(normed, rows)), weight, rows)
         return (changed, *args[1:])
 
 

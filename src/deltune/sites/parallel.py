@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,9 +16,11 @@ from deltune.sites.base import (
     Control,
     Form,
     Insertion,
+    Seen,
     Site,
     Tap,
     first_tensor,
+    gated,
     rows_of,
     with_change,
     with_first_tensor,
@@ -57,6 +58,7 @@ class ParallelSite(Site):
     side: Literal["input", "output"] = "output"
 
     insertion: ClassVar[Insertion] = Insertion.PARALLEL
+    gateable: ClassVar[bool] = True
 
     @property
     def identity(self) -> str:
@@ -68,17 +70,6 @@ class ParallelSite(Site):
         return ParallelTap(self, control)
 
 
-class _Seen(threading.local):
-    """The input that one thread waits to use, if any; copies and pickles hold none."""
-
-    def __init__(self) -> None:
-        # a list that is changed in place: torch.compile does not follow a new value of an attribute
-        self.inputs: list[Tensor] = []
-
-    def __reduce__(self) -> tuple[type[_Seen], tuple[()]]:
-        return _Seen, ()
-
-
 class ParallelTap(Tap):
     """A hook before the module that reads the sublayer's input, and one at the module that is changed."""
 
@@ -87,7 +78,7 @@ class ParallelTap(Tap):
 
     def __init__(self, site: Site, control: Control) -> None:
         super().__init__(site, control)
-        self._seen = _Seen()
+        self._seen = Seen()
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         """Hook both modules."""
@@ -125,7 +116,8 @@ class ParallelTap(Tap):
             )
         x = self._seen.inputs.pop()
         for form, weight, rows in self.changes(h):
-            h = with_change(h, form(rows_of(x, rows)), weight, rows)
+            read = rows_of(x, rows)
+            h = with_change(h, form(read), gated(form, weight, read, rows), rows)
         return h
 
 

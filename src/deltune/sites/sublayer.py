@@ -19,6 +19,7 @@ from deltune.sites.base import (
     Site,
     Tap,
     first_tensor,
+    gated,
     rows_of,
     with_change,
     with_first_tensor,
@@ -40,6 +41,7 @@ class SublayerSite(Site):
     device: torch.device
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    gateable: ClassVar[bool] = True
 
     @property
     def result(self) -> str:
@@ -65,11 +67,15 @@ class OutputTap(Tap):
         self._handles.append(modules[self.module].register_forward_hook(self))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Add the live changes; all of them read the same, unchanged output."""
+        """Add the live changes; all of them read the same, unchanged output, unless they are stacked."""
         result = first_tensor(output)
-        changed = result
+        changed, source, before = result, result, None
         for form, weight, rows in self.changes(result):
-            changed = with_change(changed, form(rows_of(result, rows)), weight, rows)
+            if self.reads_anew(form, before):
+                source = changed
+            read = rows_of(source, rows)
+            changed = with_change(changed, form(read), gated(form, weight, read, rows), rows)
+            before = form
         return output if changed is result else with_first_tensor(output, changed)
 
 

@@ -18,7 +18,7 @@ from deltune.backbone import PROJECTION_ROLES, Anatomy, Rows, Targets
 from deltune.backbone.matrices import matrix_shape
 from deltune.errors import StateError, TargetError
 from deltune.quantization import dense_weight, is_quantized
-from deltune.sites.base import Control, Form, Insertion, Site, Tap, rows_of, with_change
+from deltune.sites.base import Control, Form, Insertion, Site, Tap, gated, rows_of, weighted, with_change
 
 __all__ = ["Kind", "WeightForm", "WeightSite", "weight_sites"]
 
@@ -96,6 +96,11 @@ class WeightSite(Site):
     kind: Kind = "linear"
 
     insertion: ClassVar[Insertion] = Insertion.WEIGHT
+
+    @property
+    def gateable(self) -> bool:  # type: ignore[override]
+        """Only linear maps: the others have no positions to read."""
+        return self.kind == "linear"
 
     @property
     def module(self) -> str:
@@ -182,20 +187,21 @@ class WeightTap(Tap):
         for form, weight, rows in live:
             assert isinstance(form, WeightForm)
             x = rows_of(args[0], rows)
-            if part is None and rows is None and not form.reads_matrix:
+            if part is None and rows is None and not form.reads_matrix and not form.gated_by:
                 output = form.add_to(output, x, weight)
                 continue
+            factor = gated(form, weight, x, rows)
             if form.reads_matrix:
                 assert frozen is not None
                 change = form.change(rows_of(frozen, rows), x, site.matrix(module), site.bias(module))
             else:
                 change = form(x)
             if part is None:
-                output = with_change(output, change, weight, rows)
+                output = with_change(output, change, factor, rows)
             else:
                 # in place: no linear map keeps its own output for the backward pass
                 view = part.view(output, -1)
-                change = part.split(change if weight == 1.0 else weight * change, -1)
+                change = part.split(weighted(change, factor), -1)
                 if rows is None:
                     view += change
                 else:
@@ -217,8 +223,8 @@ class EmbeddingTap(WeightTap):
         scale = getattr(module, "embed_scale", 1.0)
         for form, weight, rows in self.changes(args[0]):
             assert isinstance(form, WeightForm)
-            change = (weight * scale) * form.look_up(rows_of(args[0], rows)).to(output.dtype)
-            output = with_change(output, change, rows=rows)
+            change = scale * form.look_up(rows_of(args[0], rows)).to(output.dtype)
+            output = with_change(output, change, weight, rows)
         return output
 
 
@@ -231,7 +237,7 @@ class ConvolutionTap(WeightTap):
         x = _padded(args[0], module)
         for form, weight, rows in self.changes(x):
             assert isinstance(form, WeightForm)
-            output = with_change(output, weight * form.convolve(rows_of(x, rows), module), rows=rows)
+            output = with_change(output, form.convolve(rows_of(x, rows), module), weight, rows)
         return output
 
 

@@ -255,13 +255,14 @@ def _surroundings(tuned: Tuned, settings: TrainingSettings) -> Iterator[None]:
 
 
 def _live_attachment(tuned: Tuned) -> Attachment:
-    if len(tuned.active) != 1:
-        live = ", ".join(tuned.active) or "none"
+    if len(tuned.trained) != 1:
+        live = ", ".join(tuned.trained) or "none"
         raise StateError(
-            f"fit trains one attachment, but those that are live are: {live}. Make one live with tuned.activate(name); "
+            f"fit trains one attachment, but those that are live are: {live}. Make one live with tuned.activate(name), "
+            "or keep the others as they are with tuned.activate(..., frozen=[...]); "
             f"attached are: {', '.join(tuned.attachments) or 'none'}."
         )
-    attachment = tuned.attachments[tuned.active[0]]
+    attachment = tuned.attachments[tuned.trained[0]]
     if not any(True for _ in attachment.parameters()):
         raise StateError(
             f"{attachment.name!r} ({attachment.method}) has nothing to train: what it holds is fixed, and no task head "

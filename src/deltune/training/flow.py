@@ -104,7 +104,7 @@ class Flow(TrainerCallback):  # type: ignore[misc]
         Weights that would be saved as something else than was measured are not compared with others.
         """
         assert self.metric is not None
-        if not all(self.tuned.attachments[name].settled for name in self.tuned.active):
+        if not all(self.tuned.attachments[name].settled for name in self.tuned.trained):
             self.metrics = dict(metrics)
             return
         value = metrics[self.metric]

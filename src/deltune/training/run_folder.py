@@ -103,7 +103,7 @@ class RunFolder:
         tuned.save(self.path)
         trained = capture(tuned)
         (self.path / _RAW_FILE).unlink(missing_ok=True)
-        if not _equal(trained, _prefixed(tuned.active[0], read(self.path)[1])):
+        if not _equal(trained, _prefixed(tuned.trained[0], read(self.path)[1])):
             write_tensors(self.path / _RAW_FILE, trained, {"format": "pt"})
         write_json(self.path / _RESULT_FILE, result.to_dict())
         self._tidy()

@@ -85,7 +85,7 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             head = {
                 id(parameter)
-                for active in self.tuned.active
+                for active in self.tuned.trained
                 for name, parameter in self.tuned.attachments[active].parameters()
                 if name in self.tuned.attachments[active].head_names
             }
@@ -205,7 +205,7 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the delta, in the form in which it is loaded for use; the base model is not written."""
         folder = Path(output_dir or self.args.output_dir)
-        names = self.tuned.active
+        names = self.tuned.trained
         for name in names:
             self.tuned.save(folder if len(names) == 1 else folder / name, name)
 
@@ -221,7 +221,7 @@ class DeltaTrainer(Trainer):  # type: ignore[misc]
             "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
             "scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
             "random": self.stream.state_dict(),
-            "method_steps": {name: self.tuned.attachments[name].steps for name in self.tuned.active},
+            "method_steps": {name: self.tuned.attachments[name].steps for name in self.tuned.trained},
             "extra": self.extra_state(),
         }
         write_snapshot(folder, Snapshot(capture(self.tuned), self.best_weights(), state), self.state.save_to_json)

@@ -15,7 +15,7 @@ __all__ = ["capture", "put_back", "refuse_not_finite"]
 
 def _tensors(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
     """Every trained tensor of the live attachments, and the buffers of their forms."""
-    for name in tuned.active:
+    for name in tuned.trained:
         attachment = tuned.attachments[name]
         for key, parameter in attachment.parameters():
             yield f"{name}.{key}", parameter
@@ -35,7 +35,7 @@ def put_back(tuned: Tuned, tensors: Mapping[str, Tensor], source: object) -> Non
     Raises:
         CheckpointError: if they are not those of these attachments; nothing is copied then.
     """
-    for name in tuned.active:
+    for name in tuned.trained:
         for key, form in tuned.attachments[name].forms.items():
             prefix = f"{name}.{key}."
             form.resize(
