@@ -39,7 +39,8 @@ class Placed:
 class Attachment:
     """A method, its forms by key, and the model's own parameters that it trains.
 
-    Keys are those of the sites (``encoder.3.attention.query``), preceded by the part's number in a sum.
+    Keys are those of the sites (``encoder.3.attention.query``), preceded by the part's number in a sum (by
+    several numbers in a sum of sums: ``1.0.encoder.3.ffn``).
     """
 
     name: str
@@ -65,8 +66,8 @@ class Attachment:
         placed: dict[str, Placed] = {}
         selected: list[ParameterSite] = []
         #: names of selected parameters, and a form that remembers them, by the part of a sum
-        names: dict[int | None, list[str]] = {}
-        records: dict[int | None, SelectionForm] = {}
+        names: dict[str, list[str]] = {}
+        records: dict[str, SelectionForm] = {}
         for placement in method.place(model, anatomy):
             if isinstance(placement.site, ParameterSite):
                 selected.append(placement.site)
@@ -75,7 +76,7 @@ class Attachment:
             if placement.form is None:
                 raise MethodError(f"{method.name} places no form at {placement.site}.")
             key = placement.shared if placement.site is None else placement.site.key
-            key = key if placement.part is None else f"{placement.part}.{key}"
+            key = f"{placement.part}.{key}" if placement.part else key
             if key in placed:
                 raise TargetError(f"{method.name} acts twice at {key!r}: name each target once.")
             owner = "" if placement.site is None else _owner(placement.site, anatomy, model)
@@ -241,8 +242,8 @@ def _owner(site: Site, anatomy: Anatomy, model: nn.Module) -> str:
 
 def _recorded(
     selection: Selection,
-    names: Mapping[int | None, list[str]],
-    records: Mapping[int | None, SelectionForm],
+    names: Mapping[str, list[str]],
+    records: Mapping[str, SelectionForm],
     method: Method,
 ) -> frozenset[str]:
     """Give the forms that remember selected parameters theirs; the names of all of these.
@@ -250,7 +251,7 @@ def _recorded(
     Raises:
         MethodError: if two parts of a sum select one parameter, of which one remembers what it was.
     """
-    recorded: dict[str, int | None] = {}
+    recorded: dict[str, str] = {}
     for part, form in records.items():
         known = (selection.known[name] for name in names.get(part, ()))
         own = {name: selection.values[name] for name in known}

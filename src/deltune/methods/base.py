@@ -47,13 +47,18 @@ class Placement:
     """A form at a site; or one of the model's own parameters that is to train.
 
     ``site`` is a :class:`Site` with its ``form``, a :class:`ParameterSite` without, or None for a module that
-    several forms share and that is kept under the name ``shared``. ``part`` is the number of the method in a sum.
+    several forms share and that is kept under the name ``shared``. ``part`` is the number of the method in a sum, and
+    where that is part of a sum itself the numbers of both, ``1.0``; empty for a method alone.
     """
 
     site: Site | ParameterSite | None
     form: Form | None = None
     shared: str = ""
-    part: int | None = None
+    part: str = ""
+
+    def within(self, number: int) -> Placement:
+        """The same as that of part ``number`` of a method of several."""
+        return replace(self, part=f"{number}.{self.part}" if self.part else str(number))
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Method(ABC):
     Class attributes that every method defines:
         name: on the command line and in files.
         branch: ``reparameterized``, ``additive``, ``selective`` or ``hybrid``.
-        insertion: what its forms read and change.
+        insertion: what its forms read and change, see :class:`deltune.sites.Insertion`.
         paper: its source.
         learning_rate: default peak rate for AdamW.
         weight_decay: default.
@@ -89,6 +94,16 @@ class Method(ABC):
             value = converted(getattr(self, item.name), hints[item.name])
             object.__setattr__(self, item.name, value)
             check(self.name, item, value, hints[item.name])
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that act in it: of a sum its parts, of any other itself."""
+        return (self,)
+
+    @classmethod
+    def insertions(cls) -> tuple[Insertion, ...]:
+        """:attr:`insertion`; those of the parts, each once, where the class is made of several methods."""
+        return (cls.insertion,)
 
     @abstractmethod
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
@@ -266,11 +281,16 @@ class Sum(Method):
         object.__setattr__(self, "unchanged_at_start", all(method.unchanged_at_start for method in flat))
         object.__setattr__(self, "mergeable", all(method.mergeable for method in flat))
 
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that act in it, those of its parts included."""
+        return tuple(part for method in self.methods for part in method.parts)
+
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """The placements of every part, numbered by part, so that equal sites do not clash."""
         for number, method in enumerate(self.methods):
             for placement in method.place(model, anatomy):
-                yield replace(placement, part=number)
+                yield placement.within(number)
 
     def stored(self, forms: Mapping[str, Form]) -> Method:
         """The sum of the parts as they are stored."""
