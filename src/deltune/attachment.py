@@ -39,7 +39,8 @@ class Placed:
 class Attachment:
     """A method, its forms by key, and the model's own parameters that it trains.
 
-    Keys are those of the sites (``encoder.3.attention.query``), preceded by the part's number in a sum.
+    Keys are those of the sites (``encoder.3.attention.query``), preceded by the part's number in a sum (by
+    several numbers in a sum of sums: ``1.0.encoder.3.ffn``).
     """
 
     name: str

@@ -47,6 +47,7 @@ METHODS: dict[str, str] = {
     "p-tuning-v2": "p-tuning-v2(length=3, dropout=0)",
     "attention-fusion": "attention-fusion(dropout=0)",
     "ladder-side-tuning": "ladder-side-tuning(reduction=2)",
+    "mam": "mam(length=3, prefix_width=6, width=4, dropout=0)",
     "attention-fusion-residual": "attention-fusion(dropout=0, residual=true, embeddings=true)",
 }
 #: One method of every mechanism: these are tested on every architecture at every commit.
@@ -68,6 +69,7 @@ SIBLINGS = (
     "attention-fusion-residual",
     "dylora",
     "lora-decomposed",
+    "mam",
     "parallel-adapter-heads",
     "pfeiffer-adapter",
     "prefix-tuning-shifted",
@@ -99,6 +101,11 @@ EXCLUSIONS: list[tuple[str, Callable[[Architecture], bool], str]] = [
     ),
     (
         "p-tuning-v2",
+        lambda architecture: not architecture.dispatches,
+        "as for prefix-tuning",
+    ),
+    (
+        "mam",
         lambda architecture: not architecture.dispatches,
         "as for prefix-tuning",
     ),
@@ -177,8 +184,9 @@ PADS = Only("the architecture reads no padded input", lambda architecture: archi
 
 def can_be_routed(method: Method) -> bool:
     """Whether a method only adds changes, so that each row of a batch can have its own."""
-    parts = method.methods if isinstance(method, Sum) else (method,)
-    return all(part.insertion is not Insertion.SELECT and not getattr(part, "train_norms", False) for part in parts)
+    return all(
+        part.insertion is not Insertion.SELECT and not getattr(part, "train_norms", False) for part in method.parts
+    )
 
 
 def named(*names: str, because: str) -> Only:

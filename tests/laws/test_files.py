@@ -99,7 +99,7 @@ def test_a_strict_load_names_what_does_not_fit(method: str, tmp_path: Path) -> N
 
 AVERAGED = Only(
     "its change cannot be scaled, so it has no average",
-    lambda method: method.insertion.value in ("weight", "parallel", "sequential"),
+    lambda method: all(part.insertion.value in ("weight", "parallel", "sequential") for part in method.parts),
 )
 
 

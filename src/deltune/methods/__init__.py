@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from deltune.methods.base import Method, Paper, Placement, Sum
 from deltune.methods.options import option
+from deltune.methods.preset import Preset
 from deltune.methods.registry import all_methods, get, parse, register, split_specifications
 
 __all__ = [
     "Method",
     "Paper",
     "Placement",
+    "Preset",
     "Sum",
     "all_methods",
     "get",

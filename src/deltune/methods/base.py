@@ -74,7 +74,7 @@ class Method(ABC):
     Class attributes that every method defines:
         name: on the command line and in files.
         branch: ``reparameterized``, ``additive``, ``selective`` or ``hybrid``.
-        insertion: what its forms read and change.
+        insertion: what its forms read and change, see :class:`deltune.sites.Insertion`.
         paper: its source.
         learning_rate: default peak rate for AdamW.
         weight_decay: default.
@@ -100,6 +100,16 @@ class Method(ABC):
             value = converted(getattr(self, item.name), hints[item.name])
             object.__setattr__(self, item.name, value)
             check(self.name, item, value, hints[item.name])
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that act in it: of a sum its parts, of any other itself."""
+        return (self,)
+
+    @classmethod
+    def insertions(cls) -> tuple[Insertion, ...]:
+        """:attr:`insertion`; those of the parts, each once, where the class is made of several methods."""
+        return (cls.insertion,)
 
     @abstractmethod
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
@@ -277,6 +287,11 @@ class Sum(Method):
         object.__setattr__(self, "weight_decay", min(method.weight_decay for method in flat))
         object.__setattr__(self, "unchanged_at_start", all(method.unchanged_at_start for method in flat))
         object.__setattr__(self, "mergeable", all(method.mergeable for method in flat))
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that act in it, those of its parts included."""
+        return tuple(part for method in self.methods for part in method.parts)
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """The placements of every part, numbered by part, so that equal sites do not clash."""

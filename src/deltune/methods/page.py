@@ -90,7 +90,7 @@ def table(kinds: Iterable[type[Method]], folder: str = "") -> str:
     """
     rows = [("method", "in Python", "branch", "what it does", "mergeable", "learning rate", "paper")]
     for kind in kinds:
-        insertion = _INSERTIONS[kind.insertion.value]
+        insertion = "; ".join(_INSERTIONS[insertion.value] for insertion in kind.insertions())
         mergeable = "yes" if kind.mergeable else "no"
         paper = _link(f"{kind.paper.authors} {kind.paper.year}", kind.paper.arxiv)
         name = f"[{kind.name}]({folder}{kind.name}.md)"
@@ -182,7 +182,8 @@ def _plain(value: Any) -> str:
 
 def _terms(kind: type[Method], text: str) -> str:
     """The items of the section, with the insertion in its place behind the form."""
-    insertion = f"- **Insertion**: `{kind.insertion.value}`: {_INSERTIONS[kind.insertion.value]}."
+    named = "; ".join(f"`{found.value}`: {_INSERTIONS[found.value]}" for found in kind.insertions())
+    insertion = f"- **Insertion**: {named}."
     lines = _text(text).splitlines()
     place = next((number + 1 for number, line in enumerate(lines) if line.startswith("- **Form**")), len(lines))
     return "\n".join([*lines[:place], insertion, *lines[place:]])
