@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import deltune
-from deltune.methods import Method, Sum, all_methods, parse
+from deltune.methods import Method, Sum, all_methods, get, parse
 from deltune.sites import Insertion
 from tests.zoo import ARCHITECTURES, Architecture
 
@@ -47,6 +47,9 @@ METHODS: dict[str, str] = {
     "p-tuning-v2": "p-tuning-v2(length=3, dropout=0)",
     "attention-fusion": "attention-fusion(dropout=0)",
     "ladder-side-tuning": "ladder-side-tuning(reduction=2)",
+    "unipelt": "unipelt(length=3, prefix_width=6, width=4, rank=2, activation=gelu)",
+    "unipelt-central": "unipelt(length=3, reparameterize=false, width=4, rank=2, activation=gelu, gates=central)",
+    "gated-scalar": "gated(lora(rank=2), parallel-adapter(width=4, dropout=0), gate=scalar)",
     "mam": "mam(length=3, prefix_width=6, width=4, dropout=0)",
     "attention-fusion-residual": "attention-fusion(dropout=0, residual=true, embeddings=true)",
 }
@@ -68,6 +71,7 @@ SIBLINGS = (
     "attempt",
     "attention-fusion-residual",
     "dylora",
+    "gated-scalar",
     "lora-decomposed",
     "mam",
     "parallel-adapter-heads",
@@ -75,11 +79,12 @@ SIBLINGS = (
     "prefix-tuning-shifted",
     "s-bitfit",
     "s-lora",
+    "unipelt-central",
 )
 OF_SIBLINGS = ("bert", "llama-gqa")
 
 # whatever else is registered is tested with its defaults
-METHODS |= {name: name for name in all_methods() if name not in (*METHODS, Sum.name)}
+METHODS |= {name: name for name in all_methods() if name not in METHODS and not issubclass(get(name), Sum)}
 
 #: (method, condition, reason) for cases that cannot be.
 EXCLUSIONS: list[tuple[str, Callable[[Architecture], bool], str]] = [
@@ -104,10 +109,15 @@ EXCLUSIONS: list[tuple[str, Callable[[Architecture], bool], str]] = [
         lambda architecture: not architecture.dispatches,
         "as for prefix-tuning",
     ),
+    *(
+        (name, lambda architecture: not architecture.dispatches, "as for prefix-tuning")
+        for name in ("mam", "unipelt", "unipelt-central")
+    ),
     (
-        "mam",
-        lambda architecture: not architecture.dispatches,
-        "as for prefix-tuning",
+        "unipelt-central",
+        lambda architecture: architecture.kind == "encoder-decoder",
+        "a central gate reads the decoder's positions, and LoRA of its cross-attention those of the encoder; attach "
+        "refuses it",
     ),
 ]
 

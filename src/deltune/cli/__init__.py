@@ -27,6 +27,7 @@ _COMMANDS = {
     "merge": ("merge", "merge"),
     "ranks": ("ranks", "ranks"),
     "changes": ("changes", "changes"),
+    "gates": ("gates", "gates"),
     "methods": ("methods", "methods"),
     "sites": ("sites", "sites"),
 }

@@ -6,6 +6,7 @@ Importing this package imports neither torch nor transformers.
 from __future__ import annotations
 
 from deltune.measure.adapters import use_picture, use_table
+from deltune.measure.gates import gate_picture, gate_table
 from deltune.measure.memory import MemoryUse, PeakMemory, optimizer_state_bytes, release_memory, resident_bytes
 from deltune.measure.provenance import cpu_count, provenance
 from deltune.measure.ranks import rank_picture, rank_table
@@ -19,6 +20,8 @@ __all__ = [
     "SavedTensors",
     "Spread",
     "cpu_count",
+    "gate_picture",
+    "gate_table",
     "optimizer_state_bytes",
     "proportion_interval",
     "provenance",

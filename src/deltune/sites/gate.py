@@ -1,4 +1,4 @@
-"""Where gates of changes stand: at the layer whose padding they leave out.
+"""Where gates of changes stand: in the layer whose padding they leave out.
 
 Letters: B batch, b rows of it, T positions, d features.
 """
@@ -24,6 +24,8 @@ __all__ = ["GateForm", "GateSite", "Pooling", "causal_at", "gate_site"]
 Pooling = Literal["mean", "all", "token"]
 #: Stacks whose positions all read each other, unless the model is configured as a decoder.
 _BIDIRECTIONAL = ("encoder", "vision")
+#: What attention modules call their mask.
+_MASKS = ("attention_mask", "mask")
 
 
 class GateForm(Form):
@@ -40,11 +42,11 @@ class GateForm(Form):
 
     @property
     def observes(self) -> bool:
-        """Whether it has to be told of the layer's input before it is asked for a value."""
+        """Whether it has to be told of what attention reads before it is asked for a value."""
         return self.pooling == "mean"
 
     def observe(self, hidden: Tensor, mask: Tensor | None) -> None:
-        """Take note of the layer's input (B, T, d) and of which positions are real, (B, T) boolean; None for all."""
+        """Take note of what attention reads, (B, T, d), and of the real positions, (B, T) boolean; None for all."""
         self._mask.inputs[:] = [] if mask is None else [mask]
 
     def forget(self) -> None:
@@ -72,11 +74,14 @@ class GateSite(Site):
 
     Attributes:
         name: its key.
-        layer: dotted name of the layer whose input and padding it is told of; None outside of the layers.
+        layer: dotted name of the layer that holds it; None outside of the layers.
+        observed: dotted name of the module whose input and padding it is told of: the layer's self-attention, which is
+            called again where gradient checkpointing computes the layer again; the layer where it has none.
     """
 
     name: str
     layer: str | None
+    observed: str | None
 
     insertion: ClassVar[Insertion] = Insertion.PARALLEL
 
@@ -96,20 +101,23 @@ class GateSite(Site):
 
 
 class GateTap(Tap):
-    """Hooks before and behind the layer, where a gate has to be told of its call."""
+    """Hooks before the attention and behind the layer, where a gate has to be told of a call."""
 
     weighted = True
     site: GateSite
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
-        """Hook the layer, if a gate here observes it."""
+        """Hook both, if a gate here observes."""
         forms = [form for several in self.forms.values() for form in several]
         if self.site.layer is None or not any(isinstance(form, GateForm) and form.observes for form in forms):
             return
-        layer = modules[self.site.layer]
-        names = tuple(inspect.signature(layer.forward).parameters)
-        self._handles.append(layer.register_forward_pre_hook(_Observe(self, names), with_kwargs=True))
-        self._handles.append(layer.register_forward_hook(self))
+        assert self.site.observed is not None
+        observed = modules[self.site.observed]
+        names = tuple(inspect.signature(observed.forward).parameters)
+        # before a hook that asks for values
+        handle = observed.register_forward_pre_hook(_Observe(self, names), with_kwargs=True, prepend=True)
+        self._handles.append(handle)
+        self._handles.append(modules[self.site.layer].register_forward_hook(self))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Let the gates forget the call."""
@@ -120,7 +128,7 @@ class GateTap(Tap):
 
 @dataclass
 class _Observe:
-    """Before the layer: its input and padding, for the gates."""
+    """Before the attention: its input and padding, for the gates."""
 
     tap: GateTap
     names: tuple[str, ...]
@@ -128,14 +136,14 @@ class _Observe:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = named_arguments(self.names, args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        mask = _real(arguments.get("attention_mask"), module)
+        mask = _real(next((arguments[name] for name in _MASKS if name in arguments), None), module)
         for form, _ in self.tap.live():
             assert isinstance(form, GateForm)
             form.observe(hidden, mask)
 
 
-def _real(mask: Any, layer: nn.Module) -> Tensor | None:
-    """Which positions are real, (B, T) boolean, from the mask that a layer is given; None for all.
+def _real(mask: Any, module: nn.Module) -> Tensor | None:
+    """Which positions are real, (B, T) boolean, from the mask that a module is given; None for all.
 
     A position is real if any query sees it.
 
@@ -146,8 +154,8 @@ def _real(mask: Any, layer: nn.Module) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise StateError(
-            f"Gates leave padding out, but {type(layer).__name__} is given a mask of type {type(mask).__name__}, which "
-            "does not say where it is. Load the model with attn_implementation='sdpa' or 'eager'."
+            f"Gates leave padding out, but {type(module).__name__} is given a mask of type {type(mask).__name__}, "
+            "which does not say where it is. Load the model with attn_implementation='sdpa' or 'eager'."
         )
     if mask.dim() == 2:
         return mask.bool()
@@ -164,7 +172,13 @@ def gate_site(site: Site, name: str, anatomy: Anatomy) -> GateSite:
         anatomy: the model's parts.
     """
     holding = anatomy.layer_of(site.part.module)
-    return GateSite(site.part, name, None if holding is None else holding[1])
+    if holding is None:
+        return GateSite(site.part, name, None, None)
+    stack, layer = holding
+    attention = (
+        part.module for part in anatomy.of("attention", stack.name) if anatomy.layer_of(part.module) == holding
+    )
+    return GateSite(site.part, name, layer, next(attention, layer))
 
 
 def causal_at(site: Site, anatomy: Anatomy, model: nn.Module) -> bool:

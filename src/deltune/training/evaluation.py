@@ -17,7 +17,7 @@ from deltune.tuned import Tuned
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["arithmetic", "batches_by_length", "device_of", "encoded", "evaluate", "measuring"]
+__all__ = ["arithmetic", "batches_by_length", "batches_of", "device_of", "encoded", "evaluate", "measuring"]
 
 
 def evaluate(
@@ -96,6 +96,19 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def batches_of(task: Task, data: Dataset, tokenizer: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches of ``data`` as the model of the task takes them, in no order of their own; labels are left out.
+
+    Raises:
+        DataError: if the data do not fit the task.
+    """
+    task = task.resolve(tokenizer)
+    rows = encoded(task, data, tokenizer)
+    collate = task.collator(tokenizer)
+    for places in batches_by_length(list(rows["length"]), batch_size):
+        yield {key: value for key, value in collate(_rows(rows, places)).items() if key != "labels"}
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from deltune.backbone import Anatomy
 from deltune.errors import MethodError
 from deltune.methods.base import Method, Paper, Placement, Sum
 from deltune.methods.hybrid.gates import CentralGate, InputGate, ScalarGate, Share
-from deltune.methods.options import check, option
+from deltune.methods.options import check, converted, option
 from deltune.methods.registry import register
-from deltune.sites import Form, GateForm, ParameterSite, Pooling, Site, WeightSite, causal_at, gate_site
+from deltune.sites import Form, GateForm, LayerSite, ParameterSite, Pooling, Site, WeightSite, causal_at, gate_site
 
 __all__ = ["Gated", "gated"]
 
@@ -31,8 +31,8 @@ class Gated(Sum):
     A gate of ``gate=input`` is G = mean_t sigmoid(w x_t + b): one value for each row of the batch, from what the
     change at its place reads: the input of a matrix, of attention, or of the sublayer beside an adapter; the result
     behind which an adapter stands. Of a prefix, keys and values are multiplied. ``gate=scalar`` is one trained number
-    at each place, whatever is read; ``gate=central`` weighs the parts against each other, from the layer's input, so
-    that their values are 1 in sum.
+    at each place, whatever is read. ``gate=central`` weighs the parts against each other, from what the attention of
+    the layer reads, so that their values are 1 in sum.
 
     The mean is over real positions (``pooling=mean``), so that nothing depends on the padding; the authors' code
     counts padding too (``pooling=all``). Where positions do not read later ones (decoders), a mean would let them, and
@@ -61,7 +61,9 @@ class Gated(Sum):
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
             if item.name != "methods":
-                check(self.name, item, getattr(self, item.name), hints[item.name])
+                value = converted(getattr(self, item.name), hints[item.name])
+                object.__setattr__(self, item.name, value)
+                check(self.name, item, value, hints[item.name])
         if len(self.methods) == 1 and self.gate != "central":
             # a sum needs two; a gate does not
             only = self.methods[0]
@@ -118,6 +120,11 @@ class Gated(Sum):
             yield gates[key]
         found = gates[key].form
         if isinstance(found, CentralGate):
+            if isinstance(site, LayerSite):
+                raise MethodError(
+                    f"{method.name} changes the whole layer's result here, behind everything that a central gate reads "
+                    "of the layer. Use gate=input, or a method that changes a sublayer."
+                )
             if site.part.stack == "cross" and site.part.role in _READ_ALIKE[1:]:
                 raise MethodError(
                     f"{site.key} reads the encoder, whose positions are not those of the layer that a central gate "
@@ -133,7 +140,9 @@ class Gated(Sum):
         part = site.part
         if self.gate == "central":
             if part.layer is None:
-                raise MethodError(f"{site.key} is in no layer, whose input a central gate reads. Use gate=input.")
+                raise MethodError(
+                    f"{site.key} is in no layer, whose attention a central gate reads with. Use gate=input."
+                )
             return f"{anatomy.stack_of(part).name}.{part.layer}.gate"
         if self.shared and part.role in _READ_ALIKE:
             return f"{part.stack}.{part.layer}.attention.projections.gate"
@@ -192,7 +201,7 @@ def gated(
     Args:
         *methods: the parts: methods that change linear maps, attention, sublayers or layers.
         gate: what a gate is computed from: the ``input`` of what is changed; nothing (``scalar``: one trained number);
-            the layer's input, by which the parts are weighed against each other (``central``).
+            what attention reads, by which the parts are weighed against each other (``central``).
         pooling: how the values of a row's positions become one; see :class:`Gated`.
         shared: one gate for the changes of query, key and value matrices of one attention, not one for each.
 

@@ -63,9 +63,9 @@ class ScalarGate(GateForm):
 
 
 class CentralGate(GateForm):
-    r"""One gate for all parts in a layer: softmax over the parts of mean_t relu(W h_t + c), h the layer's input.
+    r"""One gate for all parts in a layer: softmax over the parts of mean_t relu(W h_t + c).
 
-    The values of the k parts are positive and 1 in sum. W is (k, d), c (k).
+    h is what the layer's attention reads. The values of the k parts are positive and 1 in sum. W is (k, d), c (k).
 
     Args:
         features: d.
@@ -92,7 +92,7 @@ class CentralGate(GateForm):
 
     @property
     def observes(self) -> bool:
-        """Always: it reads the layer's input."""
+        """Always: it reads what attention reads."""
         return True
 
     def observe(self, hidden: Tensor, mask: Tensor | None) -> None:
