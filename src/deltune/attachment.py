@@ -159,35 +159,17 @@ class Attachment:
 
     def trainable(self, trainable: bool) -> None:
         """Let the optimizer see this attachment's parameters, or not."""
-        for _, parameter in self.parameters():
+        for placed in self.placed.values():
+            placed.form.requires_grad_(trainable)
+        for _, parameter in self.selection:
             parameter.requires_grad_(trainable)
 
-    def register(self, modules: Mapping[str, nn.Module]) -> None:
-        """Make the forms submodules of their layers, so that they move, and are counted, with the model.
-
-        Where the model was moved while they were off it, or its mode was changed, they follow.
-        """
+    def follow(self, modules: Mapping[str, nn.Module]) -> None:
+        """Move the forms to where their modules are and give them their mode, which may have changed meanwhile."""
         for placed in self.placed.values():
             owner = modules[placed.owner]
             _follow(placed.form, owner if placed.site is None else modules[placed.site.part.module])
             placed.form.train(owner.training)
-            if BANK not in owner._modules:
-                owner.add_module(BANK, Bank())
-            bank: nn.Module = owner.get_submodule(BANK)
-            if self.name not in bank._modules:
-                bank.add_module(self.name, Bank())
-            bank.get_submodule(self.name).add_module(placed.key.replace(".", "_"), placed.form)
-
-    def unregister(self, modules: Mapping[str, nn.Module]) -> None:
-        """Undo :meth:`register`."""
-        for owner_name in {placed.owner for placed in self.placed.values()}:
-            owner = modules[owner_name]
-            bank = owner._modules.get(BANK)
-            if bank is None:
-                continue
-            bank._modules.pop(self.name, None)
-            if not bank._modules:
-                del owner._modules[BANK]
 
     def refuse_unmergeable(self) -> None:
         """Refuse to fold in what is not a change of weights.

@@ -6,7 +6,7 @@ Letters: B rows of a batch, T tasks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,17 +38,22 @@ class RoutedHead:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Replace the rows that belong to an attachment."""
         like = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
-        routes = self.control.routes(like.shape[0])
+        batch = like.shape[0]
+        places, results = [], []
         for name, head in self.heads.items():
-            rows = [row for row, other in enumerate(routes) if other == name]
-            if rows:
-                index = torch.tensor(rows, device=like.device)
-                own = head(
-                    *(_taken(value, index, len(routes)) for value in args),
-                    **{key: _taken(value, index, len(routes)) for key, value in kwargs.items()},
+            rows = self.control.routed.rows(name, batch, like.device)
+            if rows is None:
+                whole: Tensor = head(*args, **kwargs)
+                return whole
+            if rows.numel():
+                places.append(rows)
+                results.append(
+                    head(
+                        *(_taken(value, rows, batch) for value in args),
+                        **{key: _taken(value, rows, batch) for key, value in kwargs.items()},
+                    )
                 )
-                output = output.index_copy(0, index, own)
-        return output
+        return output.index_copy(0, torch.cat(places), torch.cat(results)) if places else output
 
 
 def routed_heads(
@@ -75,17 +80,19 @@ def routed_heads(
             yield module.register_forward_hook(RoutedHead(control, heads), with_kwargs=True)
 
 
-def remove_routed_heads(model: nn.Module) -> None:
-    """Undo what :func:`routed_heads` added to the bank."""
+def remove_routed_heads(model: nn.Module, names: Iterable[str]) -> None:
+    """Undo what :func:`routed_heads` added to the bank for the attachments of these names."""
     bank = model._modules.get(BANK)
     if bank is None:
         return
-    for owner in list(bank._modules.values()):
-        assert owner is not None
+    for name in names:
+        owner = bank._modules.get(name)
+        if owner is None:
+            continue
         for key in [key for key in owner._modules if key.startswith("head_")]:
             del owner._modules[key]
-    for name in [name for name, owner in bank._modules.items() if owner is not None and not owner._modules]:
-        del bank._modules[name]
+        if not owner._modules:
+            del bank._modules[name]
     if not bank._modules:
         del model._modules[BANK]
 
@@ -196,15 +203,14 @@ def repeated_per_task(
 
 
 def _with_values(module: nn.Module, name: str, values: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A copy of a head that has these values, by full name."""
-    head = copy.deepcopy(module)
+    """A copy of a head that has these values, by full name; they themselves are not copied."""
+    known: dict[int, Any] = {}
     for key, value in values.items():
-        path, _, attribute = key.removeprefix(f"{name}.").rpartition(".")
         like = module.get_parameter(key.removeprefix(f"{name}."))
         if (value.device, value.dtype) != (like.device, like.dtype):
             value.data = value.data.to(like.device, like.dtype)  # the model was moved while it was off
-        head.get_submodule(path)._parameters[attribute] = value
-    return head
+        known[id(like)] = value
+    return copy.deepcopy(module, known)
 
 
 def _taken(value: Any, rows: Tensor, batch: int) -> Any:

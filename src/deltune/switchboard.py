@@ -116,9 +116,11 @@ class Switchboard:
             if hasattr(self.model, _RESIZE):
                 self.model.__dict__[_RESIZE] = refuse_to_resize
         self.attachments[name] = attachment
+        self._installation.add(attachment)
         for _, site, form in attachment.sites:
-            tap = self._taps.setdefault(site.identity, site.tap(self.control))
-            tap.forms.setdefault(name, []).append(form)
+            if site.identity not in self._taps:
+                self._taps[site.identity] = site.tap(self.control)
+            self._taps[site.identity].forms.setdefault(name, []).append(form)
         self._set_live({name: 1.0})
         return self
 
@@ -208,7 +210,7 @@ class Switchboard:
         names = dict.fromkeys((name for name in route if name is not None), 1.0)
         check_route(self.attachments, names)
         before = self._before_route if self.control.route else self._present()
-        if self.control.route and list(names) == list(self.control.live):
+        if self.control.route and names.keys() == self.control.live.keys():
             self.control.route = route
         else:
             self._set_live(names, route)
@@ -293,12 +295,7 @@ class Switchboard:
         names = list(self.attachments) if name is None else [self._attachment(name).name]
         self._set_live({})
         for item in names:
-            attachment = self.attachments.pop(item)
-            for _, site, _ in attachment.sites:
-                tap = self._taps[site.identity]
-                tap.forms.pop(item, None)
-                if not tap.forms:
-                    del self._taps[site.identity]
+            self._forget(item)
         if self.attachments:
             self._set_live(live, (), stacked, frozen - {name})
         elif self._frozen is not None:
@@ -357,6 +354,16 @@ class Switchboard:
             attachment.trainable(name not in frozen)
         if live:
             self._installation.put_on()
+
+    def _forget(self, name: str) -> None:
+        """Remove an attachment, while nothing is on the model."""
+        attachment = self.attachments.pop(name)
+        self._installation.remove(attachment)
+        for identity in {site.identity for _, site, _ in attachment.sites}:
+            tap = self._taps[identity]
+            del tap.forms[name]
+            if not tap.forms:
+                del self._taps[identity]
 
     def _release(self) -> None:
         """Make the model forget this handle."""

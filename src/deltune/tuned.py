@@ -210,8 +210,8 @@ class Tuned(Switchboard):
         if reversible:
             self._merged = (folded, present)
             return self.model
-        self.attachments.clear()
-        self._taps.clear()
+        for name in list(self.attachments):
+            self._forget(name)
         self._frozen = None
         self._release()
         for parameter in self.model.parameters():

@@ -14,6 +14,7 @@ from deltune.sites.mask import MaskForm, MaskSite, mask_sites
 from deltune.sites.parallel import ParallelForm, ParallelSite, parallel_sites
 from deltune.sites.parameter import ParameterSite, Selection, SelectionForm, parameter_modules
 from deltune.sites.pseudo_tokens import PseudoTokenSite, pseudo_token_sites
+from deltune.sites.stacked import StackableForm, StackedForms
 from deltune.sites.states import StackStates, StatesForm, StatesSite, states_sites
 from deltune.sites.sublayer import SublayerForm, SublayerSite, sublayer_sites
 from deltune.sites.weight import WeightForm, WeightSite, weight_sites
@@ -46,6 +47,8 @@ __all__ = [
     "SelectionForm",
     "Site",
     "StackStates",
+    "StackableForm",
+    "StackedForms",
     "StatesForm",
     "StatesSite",
     "SublayerForm",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deltune.backbone import Part
 from deltune.errors import StateError
+from deltune.sites.routed_rows import RoutedRows
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -123,6 +124,7 @@ class Control:
     def trained(self) -> tuple[str, ...]:
         """Names of the live attachments that train."""
         return tuple(name for name in self.live if name not in self.frozen)
+    _routed: RoutedRows = field(default_factory=lambda: RoutedRows(()), repr=False, compare=False)
 
     def acts(self, layer: int | None, training: bool) -> bool:
         """Whether forms in that layer, None for outside of the layers, act at present."""
@@ -134,13 +136,17 @@ class Control:
         Raises:
             StateError: if the rows cannot be matched with the route.
         """
-        count = len(self.route)
-        if batch % count:
-            raise StateError(
-                f"The rows of a batch are routed to {count} attachments, but something in the model has {batch} rows. "
-                f"Give batches of {count} rows, or of a multiple of it, or another route."
-            )
-        return tuple(name for name in self.route for _ in range(batch // count))
+        return self.routed.names(batch)
+
+    @property
+    def routed(self) -> RoutedRows:
+        """The rows under the present route."""
+        if torch.compiler.is_compiling():
+            return RoutedRows(self.route)
+        routed = self._routed
+        if routed.route is not self.route:
+            routed = self._routed = RoutedRows(self.route)
+        return routed
 
 
 class Seen(threading.local):
@@ -171,19 +177,25 @@ class Tap(ABC):
         for _, form, weight in self._acting():
             yield form, weight
 
-    def changes(self, x: Tensor) -> Iterator[tuple[Form, float, Tensor | None]]:
+    def changes(self, x: Tensor, but: Collection[Form] = ()) -> Iterator[tuple[Form, float, Tensor | None]]:
         """As :meth:`live`, with the indices of the rows of ``x`` (batch, ...) that each form changes; None for all.
+
+        Args:
+            x: what has a row for each of the batch.
+            but: forms to leave out.
 
         Raises:
             StateError: if the rows cannot be matched with the route.
         """
         for name, form, weight in self._acting():
+            if form in but:
+                continue
             if not self.control.route:
                 yield form, weight, None
                 continue
-            rows = [row for row, other in enumerate(self.control.routes(x.shape[0])) if other == name]
-            if rows:
-                yield form, weight, torch.tensor(rows, device=x.device)
+            rows = self.control.routed.rows(name, x.shape[0], x.device)
+            if rows is None or rows.numel():
+                yield form, weight, rows
 
     def reads_anew(self, form: Form, before: Form | None) -> bool:
         """Whether ``form`` reads what the forms up to ``before`` have changed: the first of a stacked attachment."""

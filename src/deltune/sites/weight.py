@@ -19,6 +19,7 @@ from deltune.backbone.matrices import matrix_shape
 from deltune.errors import StateError, TargetError
 from deltune.quantization import dense_weight, is_quantized
 from deltune.sites.base import Control, Form, Insertion, Site, Tap, gated, rows_of, weighted, with_change
+from deltune.sites.stacked import Group, StackableForm, Together, blocks_for, in_blocks
 
 __all__ = ["Kind", "WeightForm", "WeightSite", "weight_sites"]
 
@@ -28,7 +29,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _KINDS: dict[Kind, str] = {"linear": "linear map", "embedding": "table of embeddings", "convolution": "convolution"}
 
 
-class WeightForm(Form):
+class WeightForm(StackableForm):
     """A change of a matrix. ``forward`` maps the matrix's input (..., in) to dh (..., rows).
 
     Embeddings and convolutions are matrices too: the input of an embedding is the vocabulary, that of a convolution
@@ -172,18 +173,33 @@ class WeightTap(Tap):
     weighted = True
     site: WeightSite
 
+    def __init__(self, site: Site, control: Control) -> None:
+        super().__init__(site, control)
+        self._together: Together[WeightForm] = Together(self)
+
     def install(self, modules: Mapping[str, nn.Module]) -> None:
         """Hook the module."""
         self._handles.append(modules[self.site.module].register_forward_hook(self))
 
+    def uninstall(self) -> None:
+        """Take the hook off, and keep nothing of what was computed together."""
+        super().uninstall()
+        self._together.clear()
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Add the live changes to ``output``."""
         site, part = self.site, self.site.rows
-        live = list(self.changes(args[0]))
+        plan = self._together.plan() if self.control.route else None
+        if plan is None:
+            live = list(self.changes(args[0]))
+        else:
+            live = [] if plan.whole else list(self.changes(args[0], plan.together))
         if part is not None and is_quantized(module):
             # bitsandbytes returns a view that must not be changed in place
             output = output.clone()
         frozen = self._frozen_output(live, output)
+        for group in plan.groups if plan is not None else ():
+            output = self._with_group(output, args[0], group)
         for form, weight, rows in live:
             assert isinstance(form, WeightForm)
             x = rows_of(args[0], rows)
@@ -196,17 +212,35 @@ class WeightTap(Tap):
                 change = form.change(rows_of(frozen, rows), x, site.matrix(module), site.bias(module))
             else:
                 change = form(x)
-            if part is None:
-                output = with_change(output, change, factor, rows)
-            else:
-                # in place: no linear map keeps its own output for the backward pass
-                view = part.view(output, -1)
-                change = part.split(weighted(change, factor), -1)
-                if rows is None:
-                    view += change
-                else:
-                    view.index_add_(0, rows, change.to(view.dtype))
+            output = self._with_change(output, change, factor, rows)
         return output
+
+    def _with_change(self, output: Tensor, change: Tensor, weight: float | Tensor, rows: Tensor | None) -> Tensor:
+        """``output`` with ``weight`` times the change of the site's own part, in these rows of the batch."""
+        part = self.site.rows
+        if part is None:
+            return with_change(output, change, weight, rows)
+        # in place: no linear map keeps its own output for the backward pass
+        view = part.view(output, -1)
+        change = part.split(weighted(change, weight), -1)
+        if rows is None:
+            view += change
+        else:
+            view.index_add_(0, rows, change.to(view.dtype))
+        return output
+
+    def _with_group(self, output: Tensor, x: Tensor, group: Group[WeightForm]) -> Tensor:
+        """``output`` with the changes of forms that are computed together, each in its own rows."""
+        stacked = self._together.stack(group, x.dtype)
+        blocks = blocks_for(self.control.routed, group.names, x, stacked.rank)
+        if blocks.owners is not None:
+            stacked = stacked.gathered(blocks.owners)
+        own = in_blocks(rows_of(x, blocks.rows), blocks.count)
+        if blocks.rows is None and self.site.rows is None:
+            return stacked.add_to(in_blocks(output, blocks.count), own).view_as(output)
+        change = stacked.change(own)
+        change = rows_of(change.reshape(-1, *x.shape[1:-1], change.shape[-1]), blocks.kept)
+        return self._with_change(output, change, 1.0, blocks.targets)
 
     def _frozen_output(self, live: list[tuple[Form, float, Tensor | None]], output: Tensor) -> Tensor | None:
         """What the frozen map gave in the site's rows, where a form reads it; safe from changes in place."""

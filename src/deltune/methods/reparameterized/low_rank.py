@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltune.backbone import PROJECTION_ROLES, Anatomy, Targets
 from deltune.errors import MethodError
 from deltune.methods.reparameterized.decompositions import truncated_svd
+from deltune.methods.reparameterized.stacked_low_rank import StackedLowRank
 from deltune.sites import WeightForm, WeightSite
 
 __all__ = ["DecomposedLowRank", "LowRank", "PrincipalLowRank", "RankPattern", "checked_rank", "low_rank_of"]
@@ -39,6 +40,14 @@ class LowRank(WeightForm):
         scale: s.
         dropout: probability of zeroing an entry of x while training; the frozen product is not touched.
     """
+
+    #: Whether it computes nothing but what :class:`StackedLowRank` computes of its factors.
+    _stackable: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = all(getattr(cls, name) is getattr(LowRank, name) for name in ("forward", "add_to", "_thin"))
+        cls._stackable = own and not cls.reads_matrix
 
     def __init__(self, site: WeightSite, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -86,6 +95,29 @@ class LowRank(WeightForm):
             alpha=weight * self.scale,
         )
         return flat.view_as(output)
+
+    def stacks_with(self) -> Hashable | None:
+        """Type and dropout, and ranks up to the same power of two: lower ones are filled up with zeros."""
+        if not self._stackable:
+            return None
+        return LowRank, self.A.dtype, self.dropout if self.training else 0.0, (self.A.shape[0] - 1).bit_length()
+
+    @classmethod
+    def stack(cls, forms: Sequence[LowRank], dtype: torch.dtype) -> StackedLowRank:
+        """Several of them, in two batched products."""
+        dropout = forms[0].dropout if forms[0].training else 0.0
+        return StackedLowRank.of([form.factors() for form in forms], [form.scale for form in forms], dropout, dtype)
+
+    @classmethod
+    def state(cls, forms: Sequence[LowRank]) -> Hashable | None:
+        """Which tensors A and B are, and how often they were changed; unknown while gradients wait to be applied."""
+        if any(type(form).factors is not LowRank.factors for form in forms):
+            return None
+        factors: list[Any] = [form._parameters[name] for form in forms for name in "AB"]
+        if any(factor.grad is not None or factor.is_inference() for factor in factors):
+            return None
+        tensors = tuple([(id(factor), factor.data_ptr(), factor._version) for factor in factors])
+        return tensors, tuple([form.scale for form in forms])
 
     def look_up(self, ids: Tensor) -> Tensor:
         """The change of an embedding's output: the columns of A for ``ids``, times B. There is no dropout."""
