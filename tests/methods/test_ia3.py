@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import deltune
-from deltune.errors import MethodError
+from deltune.errors import MethodError, TargetError
+from deltune.methods import parse
 from deltune.methods.additive.ia3 import InputScale, OutputScale
 from tests.methods.common import attached, bits, build, output, relative_error
 from tests.methods.sizes import BERT_BASE
@@ -81,12 +82,26 @@ def test_merging_scales_biases_too_and_is_undone_bit_for_bit() -> None:
         assert all(torch.equal(value, before[name]) for name, value in bits(tuned.model).items())
 
 
-def test_the_scaled_inputs_can_be_chosen() -> None:
-    tuned, _ = attached("bert", "ia3(targets='attention.* ffn.*', inputs='ffn.up,attention.output')")
+def test_either_can_be_chosen_or_left_out() -> None:
+    tuned, _ = attached("bert", "ia3(targets='attention.value ffn.down', inputs='ffn.up,attention.output')")
     forms = tuned.attachments["default"].forms
     reading = {key.split(".", 2)[2] for key, form in forms.items() if isinstance(form, InputScale)}
     assert reading == {"ffn.up", "attention.output"}
-    with pytest.raises(MethodError, match=r"inputs=ffn.down names none of the targets attention.key"):
-        attached("bert", "ia3(targets=attention.key, inputs=ffn.down)")
-    only = attached("bert", "ia3(targets=attention.key)")[0].attachments["default"]
-    assert all(isinstance(form, OutputScale) for form in only.forms.values())
+    assert len(forms) == 4 * 3
+    keys = attached("bert", "ia3(targets=attention.key, inputs=none)")[0].attachments["default"].forms
+    assert {type(form) for form in keys.values()} == {OutputScale}
+    downs = attached("bert", "ia3(targets=none)")[0].attachments["default"].forms
+    assert {type(form) for form in downs.values()} == {InputScale}
+
+
+def test_nothing_to_scale_or_twice_the_same_map_is_refused() -> None:
+    with pytest.raises(MethodError, match="nothing is scaled"):
+        attached("bert", "ia3(targets=none, inputs=none)")
+    with pytest.raises(TargetError, match=r"acts twice at 'encoder\.0\.ffn\.down'"):
+        attached("bert", "ia3(targets=ffn.down)")
+
+
+def test_its_text_is_read_again() -> None:
+    method = deltune.IA3(targets=None)
+    assert str(method) == "ia3(targets=None)"
+    assert parse(str(method)) == method == parse(method.to_dict())

@@ -35,6 +35,7 @@ __all__ = ["FORMATS", "Format", "Saved", "format_named", "recognised"]
 #: Where the class of each format stands, by the name that ``tuned.save(format=...)`` takes.
 FORMATS = {
     "deltune": "deltune.checkpoints.native:Native",
+    "peft": "deltune.checkpoints.peft:PEFT",
 }
 
 

@@ -132,10 +132,10 @@ class IA3(Method):
         Liu et al. 2022, arXiv 2205.05638, section 3.3; authors' code: r-three/t-few.
     """
 
-    targets: Targets = option(
-        Targets(("attention.key", "attention.value", "ffn.down")), "which maps have a vector of their own"
+    targets: Targets | None = option(
+        Targets(("attention.key", "attention.value")), "the maps whose output is scaled; none if none"
     )
-    inputs: Targets | None = option(None, "of which targets the input is scaled and not the output; ffn.down if none")
+    inputs: Targets | None = option(Targets(("ffn.down",)), "the maps whose input is scaled; none if none")
 
     name: ClassVar[str] = "ia3"
     branch: ClassVar[str] = "additive"
@@ -149,22 +149,18 @@ class IA3(Method):
     learning_rate: ClassVar[float] = 3e-3
     mergeable: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.targets is None and self.inputs is None:
+            raise MethodError(f"{self.name}: neither targets nor inputs are given, so that nothing is scaled.")
+
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """A vector at every selected map.
 
         Raises:
-            MethodError: if ``inputs`` names none of the targets.
+            TargetError: if a target selects nothing, or no linear map.
         """
-        sites = weight_sites(model, anatomy, self.targets)
-        reading = self._reading(model, anatomy)
-        if self.inputs is not None and not any(site.key in reading for site in sites):
-            raise MethodError(f"{self.name}: inputs={self.inputs} names none of the targets {self.targets}.")
-        for site in sites:
-            yield Placement(site, InputScale(site) if site.key in reading else OutputScale(site))
-
-    def _reading(self, model: nn.Module, anatomy: Anatomy) -> set[str]:
-        """Keys of the maps whose input is scaled."""
-        if self.inputs is None:
-            return {part.key for part in anatomy.of("ffn.down")}
-        names = tuple(name for name, _ in model.named_modules(remove_duplicate=False))
-        return {part.key for part in self.inputs.select(anatomy, names)}
+        for targets, form in ((self.targets, OutputScale), (self.inputs, InputScale)):
+            if targets is not None:
+                for site in weight_sites(model, anatomy, targets):
+                    yield Placement(site, form(site))
