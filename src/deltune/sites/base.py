@@ -124,6 +124,7 @@ class Control:
     def trained(self) -> tuple[str, ...]:
         """Names of the live attachments that train."""
         return tuple(name for name in self.live if name not in self.frozen)
+
     _routed: RoutedRows = field(default_factory=lambda: RoutedRows(()), repr=False, compare=False)
 
     def acts(self, layer: int | None, training: bool) -> bool:
