@@ -38,6 +38,8 @@ METHODS: dict[str, str] = {
     "parallel-adapter": "parallel-adapter(width=4, dropout=0)",
     "parallel-adapter-heads": "parallel-adapter(width=4, dropout=0, targets=attention, reads=stream)",
     "adapter-fusion": "adapter-fusion(adapters='pfeiffer-adapter(width=4), pfeiffer-adapter(width=3)')",
+    "head-adapter": "head-adapter(width=3)",
+    "head-adapter-softmax": "head-adapter(width=3, activation=softmax, grouped=true, scale=4, initialization=normal)",
     "prefix-tuning": "prefix-tuning(length=3, width=6)",
     "prefix-tuning-shifted": "prefix-tuning(length=3, reparameterize=false, shift_positions=true)",
     "prompt-tuning": "prompt-tuning(length=3)",
@@ -68,6 +70,7 @@ SIBLINGS = (
     "attempt",
     "attention-fusion-residual",
     "dylora",
+    "head-adapter-softmax",
     "lora-decomposed",
     "mam",
     "parallel-adapter-heads",
@@ -101,6 +104,16 @@ EXCLUSIONS: list[tuple[str, Callable[[Architecture], bool], str]] = [
     ),
     (
         "p-tuning-v2",
+        lambda architecture: not architecture.dispatches,
+        "as for prefix-tuning",
+    ),
+    (
+        "head-adapter",
+        lambda architecture: not architecture.dispatches,
+        "as for prefix-tuning",
+    ),
+    (
+        "head-adapter-softmax",
         lambda architecture: not architecture.dispatches,
         "as for prefix-tuning",
     ),

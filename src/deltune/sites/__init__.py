@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltune.sites.attention import KeyValueForm, KeyValueSite, key_value_sites
+from deltune.sites.attention import HeadForm, HeadSite, KeyValueForm, KeyValueSite, head_sites, key_value_sites
 from deltune.sites.attention_positions import PositionShift, PositionSite, position_sites
 from deltune.sites.attention_records import recorded_keys_and_values
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
@@ -22,6 +22,8 @@ __all__ = [
     "EntriesForm",
     "EntriesSite",
     "Form",
+    "HeadForm",
+    "HeadSite",
     "Insertion",
     "KeyValueForm",
     "KeyValueSite",
@@ -53,6 +55,7 @@ __all__ = [
     "WeightSite",
     "entries_below",
     "entries_site",
+    "head_sites",
     "key_value_sites",
     "layer_sites",
     "mask_sites",

@@ -50,6 +50,17 @@ class Form(nn.Module):
 
     #: Names of buffers that are not trained but belong into the file, such as the prompts of other tasks.
     saved_buffers: tuple[str, ...] = ()
+    #: dh as text for the table of all methods, without biases; ``{x}`` stands for what is read: ``{x} W_down W_up``.
+    formula: ClassVar[str] = ""
+
+    def as_text(self, x: str) -> str:
+        """The change dh as text, ``x`` being what is read: :attr:`formula`, as this form's options have it."""
+        return (self.formula or f"{type(self).__name__}({{x}})").format(x=x)
+
+    def factor(self) -> str:
+        """What multiplies dh, as text: the number ``scale``, or ``s`` where that is trained; empty for none."""
+        scale = getattr(self, "scale", 1.0)
+        return "s" if isinstance(scale, Tensor) else "" if scale == 1.0 else f"{scale:g}"
 
     def stored(self) -> Form | None:
         """The form to write to a file: by default itself; a reparameterised form returns its flat equal.
@@ -156,6 +167,10 @@ class Tap(ABC):
                 if self.control.acts(layer, form.training):
                     yield name, form, weight
 
+    def scales(self, form: Form) -> bool:
+        """Whether the change of ``form`` can have a weight other than one."""
+        return self.weighted
+
     @property
     def installed(self) -> bool:
         """Whether the model's modules know of this tap at present."""
@@ -179,6 +194,17 @@ class Site(ABC):
     part: Part
 
     insertion: ClassVar[Insertion]
+    #: What forms read here, as formulas name it: x, the input of what is changed; h, the result itself.
+    reads: ClassVar[str] = "x"
+
+    @property
+    def modified(self) -> str:
+        """What is changed, in words."""
+        return self.part.key if self.part.role == "module" else self.part.role
+
+    def combination(self, factor: str) -> str:
+        """How dh is combined with what it changes, as text; ``factor`` is that of the form."""
+        return f"h + {factor} dh" if factor else "h + dh"
 
     @property
     def key(self) -> str:

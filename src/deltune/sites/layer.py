@@ -34,6 +34,12 @@ class LayerSite(Site):
     layer: str
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    reads: ClassVar[str] = "h"
+
+    @property
+    def modified(self) -> str:
+        """The layer's result."""
+        return "layer result"
 
     @property
     def identity(self) -> str:
@@ -59,6 +65,12 @@ class NormedSumSite(Site):
     norm: str
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    reads: ClassVar[str] = "LN(h)"
+
+    @property
+    def modified(self) -> str:
+        """The sum in front of the norm."""
+        return f"{super().modified} result + stream"
 
     @property
     def identity(self) -> str:

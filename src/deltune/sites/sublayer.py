@@ -40,6 +40,12 @@ class SublayerSite(Site):
     device: torch.device
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    reads: ClassVar[str] = "h"
+
+    @property
+    def modified(self) -> str:
+        """The sublayer's result."""
+        return f"{super().modified} result"
 
     @property
     def result(self) -> str:
