@@ -83,6 +83,15 @@ class TokenSite(Site):
     insertion: ClassVar[Insertion] = Insertion.TOKENS
 
     @property
+    def modified(self) -> str:
+        """What the stack reads."""
+        return "embedded input"
+
+    def combination(self, factor: str) -> str:
+        """Rows in front."""
+        return "[dh; h]"
+
+    @property
     def sees_padding(self) -> bool:
         """Whether the padding mask is known where the rows are made; images and the like have no padding."""
         return self.tokens.embeddings is None or self.embeddings is None
