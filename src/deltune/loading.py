@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltune.backbone import check_base_model
-from deltune.checkpoints import fill, read
+from deltune.checkpoints import fill, read, without_head
 from deltune.errors import CheckpointError
 from deltune.methods import parse
 from deltune.quantization import NF4
@@ -20,7 +20,9 @@ from deltune.tuned import HANDLE, Tuned
 __all__ = ["load"]
 
 
-def load(model: nn.Module | Tuned, path: str | Path, name: str | None = None, *, strict: bool = True) -> Tuned:
+def load(
+    model: nn.Module | Tuned, path: str | Path, name: str | None = None, *, strict: bool = True, head: bool = True
+) -> Tuned:
     """Attach what a folder holds to ``model`` and make it live.
 
     Args:
@@ -31,6 +33,8 @@ def load(model: nn.Module | Tuned, path: str | Path, name: str | None = None, *,
             False, a head that the model does not have is left out, and a differing base model is accepted; misshapen
             tensors never are. Where only one of the models, that of the training or the present one, is quantised, a
             warning says so.
+        head: whether to attach the task head that it was trained with. If False the model keeps its own, which may be
+            of another size.
 
     Raises:
         CheckpointError: if the folder holds no delta, a damaged one, or one that does not fit; every missing,
@@ -42,13 +46,16 @@ def load(model: nn.Module | Tuned, path: str | Path, name: str | None = None, *,
         check_base_model(description["base_model"], tuned.base_model)
         _check_quantization(description["base_model"].get("quantization"), tuned.base_model["quantization"], path)
     wanted = name or str(description["name"])
-    head = set(description["head"])
+    trained_head = set(description["head"])
+    with_head = head and bool(trained_head) and bool(tuned.anatomy.head)
     # initial values are drawn and overwritten at once: leave the caller's random numbers alone
     with torch.random.fork_rng(devices=[]):
-        tuned.attach(parse(description["method"]), wanted, train_head=bool(head) and bool(tuned.anatomy.head))
+        tuned.attach(parse(description["method"]), wanted, train_head=with_head)
     attachment = tuned.attachments[wanted]
+    if not head:
+        tensors = without_head(attachment, tensors, trained_head)
     try:
-        fill(attachment, tensors, head, strict, path)
+        fill(attachment, tensors, trained_head, strict, path)
     except Exception:
         tuned.detach(wanted)
         raise

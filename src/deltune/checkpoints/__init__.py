@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from deltune.checkpoints.files import write_atomically, write_json, write_tensors
-from deltune.checkpoints.native import DESCRIPTION_FILE, TENSOR_FILE, fill, read, read_description, write
+from deltune.checkpoints.native import (
+    DESCRIPTION_FILE,
+    TENSOR_FILE,
+    fill,
+    read,
+    read_description,
+    stored_tensors,
+    without_head,
+    write,
+)
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -11,6 +20,8 @@ __all__ = [
     "fill",
     "read",
     "read_description",
+    "stored_tensors",
+    "without_head",
     "write",
     "write_atomically",
     "write_json",
