@@ -11,48 +11,61 @@ import torch
 from torch import nn
 
 from deltune.backbone import check_base_model
-from deltune.checkpoints import fill, read
+from deltune.checkpoints import fill, recognised
 from deltune.errors import CheckpointError
-from deltune.methods import parse
 from deltune.quantization import NF4
 from deltune.tuned import HANDLE, Tuned
 
 __all__ = ["load"]
 
 
-def load(model: nn.Module | Tuned, path: str | Path, name: str | None = None, *, strict: bool = True) -> Tuned:
+def load(
+    model: nn.Module | Tuned,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    strict: bool = True,
+    format: str | None = None,
+    pickled: bool = False,
+) -> Tuned:
     """Attach what a folder holds to ``model`` and make it live.
 
     Args:
         model: the model that it was trained on, bare or with methods attached; or its handle.
-        path: the folder that :meth:`Tuned.save` wrote.
+        path: the folder that :meth:`Tuned.save` wrote, or another library.
         name: under which name to attach; by default the one it was saved under.
         strict: refuse another base model, one that is quantised otherwise, and missing or unexpected tensors. If
             False, a head that the model does not have is left out, and a differing base model is accepted; misshapen
             tensors never are. Where only one of the models, that of the training or the present one, is quantised, a
-            warning says so.
+            warning says so. Folders of other libraries hold no sample of the base model to know it by.
+        format: the folder's format, one of ``deltune.checkpoints.FORMATS``; found out if None.
+        pickled: read weights that are pickled too (``.bin``), with torch's ``weights_only``. By default safetensors
+            alone are read.
 
     Raises:
         CheckpointError: if the folder holds no delta, a damaged one, or one that does not fit; every missing,
             unexpected and misshapen tensor is named.
     """
-    description, tensors = read(path)
     tuned = model if isinstance(model, Tuned) else vars(model).get(HANDLE) or Tuned(model)
-    if strict:
-        check_base_model(description["base_model"], tuned.base_model)
-        _check_quantization(description["base_model"].get("quantization"), tuned.base_model["quantization"], path)
-    wanted = name or str(description["name"])
-    head = set(description["head"])
+    reader = recognised(path, format)
+    with tuned.disabled():
+        saved = reader.read(Path(path), tuned.model, tuned.anatomy, pickled)
+    if strict and saved.base_model is not None:
+        check_base_model(saved.base_model, tuned.base_model)
+        _check_quantization(saved.base_model.get("quantization"), tuned.base_model["quantization"], path)
+    wanted = name or saved.name
     # initial values are drawn and overwritten at once: leave the caller's random numbers alone
     with torch.random.fork_rng(devices=[]):
-        tuned.attach(parse(description["method"]), wanted, train_head=bool(head) and bool(tuned.anatomy.head))
+        tuned.attach(saved.method, wanted, train_head=bool(saved.head) and bool(tuned.anatomy.head))
     attachment = tuned.attachments[wanted]
     try:
-        fill(attachment, tensors, head, strict, path)
+        fill(attachment, saved.tensors, saved.head, strict, path)
     except Exception:
         tuned.detach(wanted)
         raise
-    attachment.task = description.get("task")
+    attachment.task = saved.task
+    for note in saved.notes:
+        warnings.warn(f"{path}: {note}", UserWarning, stacklevel=2)
     return tuned
 
 

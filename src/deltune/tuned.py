@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.checkpoints import write
+from deltune.checkpoints import format_named
 from deltune.errors import StateError
 from deltune.folding import fold, refuse_tied
 from deltune.frozen_states import FrozenStates, frozen_states
@@ -247,21 +247,25 @@ class Tuned(Switchboard):
                     found[key] = Entries.between(torch.zeros_like(value) if original is None else original, value)
         return SparseDelta(found)
 
-    def save(self, path: str | Path, name: str | None = None) -> Path:
+    def save(self, path: str | Path, name: str | None = None, *, format: str = "deltune") -> Path:
         """Write an attachment to a folder: one safetensors file with the trained part, one JSON for people.
 
         Args:
             path: the folder; made if it does not exist, replaced file by file if it does.
             name: which attachment; by default the live one.
+            format: the folder's format, one of ``deltune.checkpoints.FORMATS``; deltune's own holds every method,
+                those of other libraries what they know.
 
         Returns:
             The folder.
 
         Raises:
             StateError: if merged, or if several are live and none is named.
+            CheckpointError: if there is no such format, or it cannot hold this method; or it cannot be written.
         """
         self._refuse_while_merged("save")
-        return write(self._attachment(self._one(name, "save")), self.base_model, path)
+        attachment = self._attachment(self._one(name, "save"))
+        return format_named(format).write(attachment, self.model, self.anatomy, self.base_model, Path(path))
 
     def _one(self, name: str | None, verb: str) -> str:
         """``name``, or that of the only live attachment."""

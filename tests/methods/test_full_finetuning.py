@@ -164,3 +164,15 @@ def test_not_reversible_trains_the_tensors_themselves() -> None:
     assert {id(value) for value in tuned.trainable_parameters()} == own
     with pytest.raises(deltune.errors.StateError, match="reversible=True"):
         tuned.detach()
+
+
+def test_some_modules_alone_train_with_targets() -> None:
+    tuned, _ = attached("bert", "full(targets='ffn.up layers=0')", head="base")
+    assert {name for name, _ in tuned.named_trainable_parameters()} == {
+        "encoder.layer.0.intermediate.dense.weight",
+        "encoder.layer.0.intermediate.dense.bias",
+    }
+    with_norms, _ = attached("gpt2", "lora + full(targets=norm,*.wpe)")
+    selected = with_norms.attachments["default"].selected_names
+    assert "transformer.wpe.weight" in selected
+    assert len(selected) == 1 + 2 * 7

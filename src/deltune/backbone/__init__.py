@@ -15,7 +15,7 @@ from deltune.backbone.anatomy import (
 from deltune.backbone.describe import anatomy_of
 from deltune.backbone.identity import check_base_model, describe_base_model
 from deltune.backbone.matrices import matrix_shape, out_features
-from deltune.backbone.targets import Targets
+from deltune.backbone.targets import Targets, place_lookup
 from deltune.backbone.tree import render_tree
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "describe_base_model",
     "matrix_shape",
     "out_features",
+    "place_lookup",
     "render_tree",
 ]

@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from deltune.backbone.anatomy import ROLES, Anatomy, Part
 from deltune.errors import TargetError, nearest, suggestion
 
-__all__ = ["Targets"]
+__all__ = ["Targets", "place_lookup"]
 
 _INDEX = re.compile(r"-?\d+")
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:(-?\d+)?)?")
@@ -170,7 +170,7 @@ def _parts_named(name: str, anatomy: Anatomy, module_names: Sequence[str], allow
         raise TargetError(
             f"This method cannot act on any role that {name!r} names ({roles}). {suggestion(name, allowed)}"
         )
-    place_of = _place_lookup(anatomy)
+    place_of = place_lookup(anatomy)
     by_module = [
         Part("module", stack, layer, module)
         for module in module_names
@@ -245,7 +245,7 @@ def _endings(module_names: Sequence[str]) -> list[str]:
     return sorted(ending for ending in endings if ending and not ending.isdigit())
 
 
-def _place_lookup(anatomy: Anatomy) -> Callable[[str], tuple[str, int | None]]:
+def place_lookup(anatomy: Anatomy) -> Callable[[str], tuple[str, int | None]]:
     """A function from a module's name to its stack and layer."""
     places = [
         (f"{layer}.", stack.name, index)

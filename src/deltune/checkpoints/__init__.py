@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from deltune.checkpoints.files import write_atomically, write_json, write_tensors
+from deltune.checkpoints.formats import FORMATS, Format, Saved, format_named, recognised
 from deltune.checkpoints.native import DESCRIPTION_FILE, TENSOR_FILE, fill, read, read_description, write
 
 __all__ = [
     "DESCRIPTION_FILE",
+    "FORMATS",
     "TENSOR_FILE",
+    "Format",
+    "Saved",
     "fill",
+    "format_named",
     "read",
     "read_description",
+    "recognised",
     "write",
     "write_atomically",
     "write_json",

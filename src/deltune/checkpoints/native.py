@@ -7,22 +7,54 @@ JSON file repeats for people. So a save replaces one file, and a reader never se
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import deltune
 from deltune.attachment import Attachment
+from deltune.backbone import Anatomy
 from deltune.checkpoints.files import write_json, write_tensors
+from deltune.checkpoints.formats import Format, Saved
 from deltune.errors import CheckpointError
+from deltune.methods import parse
 from deltune.methods.saved import FORMAT, TENSOR_FILE, read, read_description
 
-__all__ = ["DESCRIPTION_FILE", "TENSOR_FILE", "fill", "read", "read_description", "write"]
+__all__ = ["DESCRIPTION_FILE", "TENSOR_FILE", "Native", "fill", "read", "read_description", "write"]
 
 DESCRIPTION_FILE = "deltune.json"
+
+
+class Native(Format):
+    """deltune's own format."""
+
+    name = "deltune"
+    wanted = TENSOR_FILE
+
+    def recognises(self, folder: Path) -> bool:
+        """By the file with the tensors, which is complete alone."""
+        return (folder / TENSOR_FILE).is_file()
+
+    def read(self, folder: Path, model: nn.Module, anatomy: Anatomy, pickled: bool) -> Saved:
+        """The description and the tensors as they stand in the file; the model is not needed."""
+        description, tensors = read(folder)
+        return Saved(
+            name=str(description["name"]),
+            method=parse(description["method"]),
+            tensors=tensors,
+            head=frozenset(description["head"]),
+            task=description.get("task"),
+            base_model=description["base_model"],
+        )
+
+    def write(
+        self, attachment: Attachment, model: nn.Module, anatomy: Anatomy, base_model: Mapping[str, Any], folder: Path
+    ) -> Path:
+        """As :func:`write`."""
+        return write(attachment, base_model, folder)
 
 
 def write(attachment: Attachment, base_model: Mapping[str, Any], path: str | Path) -> Path:
@@ -66,13 +98,13 @@ def _stored_tensors(attachment: Attachment) -> dict[str, Tensor]:
 
 
 def fill(
-    attachment: Attachment, tensors: Mapping[str, Tensor], head: set[str], strict: bool, folder: str | Path
+    attachment: Attachment, tensors: Mapping[str, Tensor], head: Set[str], strict: bool, folder: str | Path
 ) -> None:
     """Copy tensors into the attachment's parameters, and into what its forms keep frozen.
 
     Args:
         attachment: freshly built by the method that the tensors were trained with.
-        tensors: by key, as :func:`read` gives them.
+        tensors: by key, as :class:`Saved` has them.
         head: keys of the tensors that belong to the task head.
         strict: if False, a head may be missing on either side.
         folder: where they were read, for messages.

@@ -89,6 +89,8 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def converted(value: Any, hint: Any) -> Any:
     """Text, as typed on a command line or in a file, as the value that the type asks for."""
     members = _members(hint)
+    if type(None) in members and isinstance(value, str) and value.strip().lower() in ("none", "null"):
+        return None
     if Targets in members:
         return Targets.parse(value) if value is not None else value
     if not isinstance(value, str):
@@ -98,8 +100,6 @@ def converted(value: Any, hint: Any) -> Any:
             return tuple(value)
         return value
     text = value.strip()
-    if type(None) in members and text.lower() in ("none", "null"):
-        return None
     if bool in members and text.lower() in ("true", "false", "yes", "no"):
         return text.lower() in ("true", "yes")
     for kind in (int, float):

@@ -6,6 +6,7 @@ Reading stands here, and not with writing, because there are methods that start 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from deltune.errors import CheckpointError, nearest
 
-__all__ = ["FORMAT", "TENSOR_FILE", "read", "read_description"]
+__all__ = ["FORMAT", "TENSOR_FILE", "absent", "read", "read_description"]
 
 #: The file that is complete alone: its header holds the description.
 TENSOR_FILE = "delta.safetensors"
@@ -40,7 +41,7 @@ def read(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[s
     folder = Path(path)
     file = folder / TENSOR_FILE
     if not file.is_file():
-        raise CheckpointError(_absent(folder))
+        raise CheckpointError(absent(folder, lambda below: (below / TENSOR_FILE).is_file(), TENSOR_FILE))
     try:
         with safe_open(str(file), framework="pt") as stream:
             metadata = stream.metadata() or {}
@@ -59,12 +60,19 @@ def read(path: str | Path, tensors: bool = True) -> tuple[dict[str, Any], dict[s
     return description, values
 
 
-def _absent(folder: Path) -> str:
+def absent(folder: Path, holds: Callable[[Path], bool], wanted: str) -> str:
+    """Why there is no delta in ``folder``, and where one may be meant.
+
+    Args:
+        folder: what was given.
+        holds: whether a folder holds a delta.
+        wanted: the files that were looked for.
+    """
     if not folder.exists():
         around = [item.name for item in folder.parent.iterdir()] if folder.parent.is_dir() else []
         close = nearest(folder.name, around)
         return f"{folder} does not exist." + (f" Did you mean {' or '.join(close)}?" if close else "")
-    below = sorted(str(found.parent) for found in folder.glob(f"*/{TENSOR_FILE}"))
+    below = sorted(str(found) for found in folder.iterdir() if holds(found)) if folder.is_dir() else []
     if below:
         return f"{folder} holds no delta itself, but these folders do: {', '.join(below[:5])}."
-    return f"{folder} holds no delta: there is no {TENSOR_FILE} in it. Give the folder that save() wrote."
+    return f"{folder} holds no delta: there is no {wanted} in it. Give the folder that save() wrote."

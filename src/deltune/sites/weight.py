@@ -47,6 +47,10 @@ class WeightForm(Form):
         """As :meth:`weight_delta`, given the frozen ``matrix`` (rows, in)."""
         return self.weight_delta()
 
+    def bias_delta_of(self, bias: Tensor) -> Tensor | None:
+        """The change of the frozen map's ``bias`` (rows) that folding it in makes; None, the default, for none."""
+        return None
+
     def add_to(self, output: Tensor, x: Tensor, weight: float = 1.0) -> Tensor:
         """``output`` (..., rows) plus ``weight`` times the change; forms may fuse the sum."""
         change: Tensor = self(x)
@@ -136,7 +140,7 @@ class WeightSite(Site):
         return kinds[self.kind](self, control)
 
     def merge(self, form: Form, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """The weight with the change added: computed in float32 at least, stored in the weight's type.
+        """The weight, and the bias, with the change added: computed in float32 at least, stored in its own type.
 
         Raises:
             StateError: if the weight is quantised: rounding the sum anew would lose most of the change.
@@ -149,16 +153,27 @@ class WeightSite(Site):
                 "beside the model; or save it, make the bare model floating-point with "
                 "deltune.quantization.dequantize(model), load the delta again and merge."
             )
-        wide = torch.promote_types(stored.dtype, torch.float32)
-        merged = stored.detach().to(wide, copy=True)
+        merged = _wide(stored)
         matrix = self._whole(merged)
-        delta = form.weight_delta_of(self.part_of(matrix)).detach().to(matrix)
+        self._add(matrix, form.weight_delta_of(self.part_of(matrix)))
+        values = {f"{self.module}.weight": merged.to(stored.dtype)}
+        bias = getattr(modules[self.module], "bias", None)
+        if bias is not None:
+            wide = _wide(bias)
+            change = form.bias_delta_of(self.part_of(wide))
+            if change is not None:
+                self._add(wide, change)
+                values[f"{self.module}.bias"] = wide.to(bias.dtype)
+        return values
+
+    def _add(self, tensor: Tensor, change: Tensor) -> None:
+        """Add ``change`` to the site's own rows of ``tensor``, in place."""
+        change = change.detach().to(tensor)
         if self.rows is None:
-            matrix += delta
+            tensor += change
         else:
-            view = self.rows.view(matrix, 0)
-            view += self.rows.split(delta, 0)
-        return {f"{self.module}.weight": merged.to(stored.dtype)}
+            view = self.rows.view(tensor, 0)
+            view += self.rows.split(change, 0)
 
 
 class WeightTap(Tap):
@@ -233,6 +248,11 @@ class ConvolutionTap(WeightTap):
             assert isinstance(form, WeightForm)
             output = with_change(output, weight * form.convolve(rows_of(x, rows), module), rows=rows)
         return output
+
+
+def _wide(stored: Tensor) -> Tensor:
+    """A copy in float32 at least."""
+    return stored.detach().to(torch.promote_types(stored.dtype, torch.float32), copy=True)
 
 
 def _padded(x: Tensor, module: Convolution) -> Tensor:

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from deltune.backbone import Anatomy
+from deltune.backbone import Anatomy, Targets
 from deltune.methods.base import Method, Paper, Placement
+from deltune.methods.options import option
 from deltune.methods.registry import register
-from deltune.sites import Insertion, ParameterSite
+from deltune.sites import Insertion, ParameterSite, parameter_modules
 
 __all__ = ["FullFineTuning"]
 
@@ -19,11 +20,12 @@ __all__ = ["FullFineTuning"]
 @register
 @dataclass(frozen=True)
 class FullFineTuning(Method):
-    """Train every parameter of the model. Tied tensors are one parameter, trained and saved once.
+    """Train every parameter of the model, or of some modules. Tied tensors are one parameter, trained and saved once.
 
     When to use:
         As the reference for all others, and where memory and storage are no matter. Small data make it unstable
-        from seed to seed: run several seeds.
+        from seed to seed: run several seeds. With ``targets`` it trains some modules whole, which another method can be
+        added to: ``lora + full(targets=embeddings)``.
 
     Cost:
         Parameters: all of them, a whole copy of the model for each task.
@@ -55,6 +57,8 @@ class FullFineTuning(Method):
         Devlin et al. 2019, arXiv 1810.04805, section 4; authors' code: google-research/bert.
     """
 
+    targets: Targets | None = option(None, "the parameters of which modules; all of the model's if none")
+
     name: ClassVar[str] = "full"
     branch: ClassVar[str] = "selective"
     insertion: ClassVar[Insertion] = Insertion.SELECT
@@ -69,6 +73,12 @@ class FullFineTuning(Method):
     mergeable: ClassVar[bool] = True
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
-        """Every parameter."""
-        for name, _ in model.named_parameters():
-            yield Placement(ParameterSite(name))
+        """Every parameter, or those of the targets.
+
+        Raises:
+            TargetError: if a target selects nothing, a sublayer as a whole, or some of the rows of a fused matrix.
+        """
+        modules = ("",) if self.targets is None else parameter_modules(model, anatomy, self.targets)
+        for module in modules:
+            for name, _ in model.get_submodule(module).named_parameters(prefix=module):
+                yield Placement(ParameterSite(name))
