@@ -37,8 +37,10 @@ FIXED = ("sft", "reward", "dpo")
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("decoder", ["minimind2-small", "smollm2-135m"])
-def test_the_examples_teach_real_decoders(decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("decoder", "last"), [("minimind2-small", "accelerate"), ("smollm2-135m", "dpo")])
+def test_the_examples_teach_real_decoders(
+    decoder: str, last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "decoder").symlink_to(asset(decoder))
     (tmp_path / "data").mkdir()
@@ -63,7 +65,9 @@ def test_the_examples_teach_real_decoders(decoder: str, tmp_path: Path, monkeypa
             if saved := re.search(r'tuned\.save\("deltas/(\w+)"\)', block.text):
                 found.append(saved[1])
                 _check(saved[1], vars(module))
-    assert found == list(SECTIONS)
+                if saved[1] == last:
+                    break
+    assert found == list(SECTIONS)[: list(SECTIONS).index(last) + 1]
 
 
 def _check(section: str, names: dict[str, Any]) -> None:
@@ -84,7 +88,8 @@ def _check(section: str, names: dict[str, Any]) -> None:
             assert torch.equal(value, original[name]) or name == "score.weight", name
     after = _loss(section, names)
     print(json.dumps({"section": section, "before": round(before, 3), "after": round(after, 3)}))
-    # measured after 12 steps, MiniMind2-Small: sft 2.56 to 0.18, adalora to 0.66, reward 0.70 to 0.63
+    # measured after 12 steps, MiniMind2-Small: sft 2.56 to 0.18, adalora to 0.66, reward 0.70 to 0.63, dpo 0.69 to
+    # 0.62, lightning and accelerate 3.13 to 0.20; SmolLM2: 2.66 to 0.10, to 1.65, 0.68 to 0.54, 0.69 to 0.53
     assert after < 0.95 * before
     attachment = tuned.attachments["default"]
     assert attachment.steps == 12

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deltune.errors import StateError
+from deltune.training.evaluation import device_of, measuring
 from deltune.tuned import Tuned
 
 __all__ = ["ReferenceModel"]
@@ -54,9 +55,9 @@ class ReferenceModel(nn.Module):
 
     @contextmanager
     def _as_reference(self) -> Iterator[None]:
-        """The model as the reference has it."""
+        """The model as the reference has it, in evaluation mode and without gradients."""
         if not self.active:
-            with self.tuned.disabled(), _evaluating(self.tuned.model):
+            with self.tuned.disabled(), measuring(self.tuned.model):
                 yield
             return
         if self.tuned.control.route:
@@ -64,14 +65,14 @@ class ReferenceModel(nn.Module):
         live = dict(self.tuned.control.live)
         self.tuned.activate(*self.active)
         try:
-            with _evaluating(self.tuned.model):
+            with measuring(self.tuned.model):
                 yield
         finally:
             self.tuned.activate(*live, weights=live.values())
 
     def _without_gradients(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            with torch.no_grad(), self._as_reference():
+            with self._as_reference():
                 return function(*args, **options)
 
         return call
@@ -105,22 +106,9 @@ class ReferenceModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.tuned.model.parameters()).device
+        return device_of(self.tuned.model)
 
     def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]
         """Of the model without the delta; trainers tell references apart by it."""
         with self._as_reference():
             return self.tuned.model.state_dict(*args, **options)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside the block, and in its own mode after it."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
