@@ -47,7 +47,9 @@ class StepHooks:
         self._handles: list[RemovableHandle] = []
 
     def bind(self, optimizer: torch.optim.Optimizer, steps: int | None) -> StepHooks:
-        """Follow ``optimizer`` from now on, for so many steps."""
+        """Follow ``optimizer`` from now on, for so many steps; of a wrapper (accelerate, Lightning) what it wraps."""
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner
         for attachment in self._trained():
             attachment.method.begin(attachment.forms, steps)
         self.control.bound += 1
@@ -63,8 +65,31 @@ class StepHooks:
             handle.remove()
         self._handles.clear()
 
-    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """What every live method does before a step."""
+    def before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """What every live method does before a step.
+
+        Methods look at the gradients there. A closure, as Lightning gives one to the step, makes them only when it is
+        called, so they then do it right after its first call.
+        """
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._before(optimizer)
+            return None
+        called = False
+
+        def with_gradients() -> Any:
+            nonlocal called
+            loss = closure()
+            if not called:
+                called = True
+                self._before(optimizer)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], with_gradients, *args[2:]), kwargs
+        return args, {**kwargs, "closure": with_gradients}
+
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
         for attachment in self._trained():
             attachment.method.before_step(attachment.forms, attachment.steps + 1, optimizer)
 

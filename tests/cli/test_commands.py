@@ -23,7 +23,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("tune", "compare", "eval", "predict", "merge", "ranks", "methods", "sites"):
+    for name in ("tune", "compare", "eval", "predict", "merge", "export", "ranks", "methods", "sites"):
         assert name in done.stdout
 
 

@@ -22,7 +22,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_csv(folder / "data" / "reviews.csv", list(tiny.reviews(80)))
     rows = [{"instruction": f"say {word}", "input": "", "output": word} for word in ("aa", "bb", "cc", "dd")] * 2
     (folder / "data" / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data" / "preferences.jsonl").write_text("".join(json.dumps(preference(row)) + "\n" for row in rows))
     return folder
+
+
+def preference(row: dict[str, str], rejected: str = "zz") -> dict[str, list[dict[str, str]]]:
+    """The right answer to an instruction, and a worse one, as turns of a conversation."""
+    question = f"{row['instruction']}\n{row['input']}".strip()
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": row["output"]}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
 
 
 @pytest.fixture

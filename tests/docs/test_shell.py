@@ -138,5 +138,5 @@ def test_yaml_blocks_are_configurations() -> None:
 def test_there_are_lines_to_check() -> None:
     assert len(lines("deltune")) > 20
     assert {words.values[0][1] for words in lines("deltune")} == {
-        *("tune", "compare", "eval", "predict", "merge", "ranks", "changes", "gates", "methods", "sites")
+        *("tune", "compare", "eval", "predict", "merge", "export", "ranks", "changes", "gates", "methods", "sites")
     }

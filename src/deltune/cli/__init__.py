@@ -25,6 +25,7 @@ _COMMANDS = {
     "eval": ("evaluate", "evaluate"),
     "predict": ("predict", "predict"),
     "merge": ("merge", "merge"),
+    "export": ("export", "export"),
     "ranks": ("ranks", "ranks"),
     "changes": ("changes", "changes"),
     "gates": ("gates", "gates"),

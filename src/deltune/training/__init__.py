@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltune.training.evaluation import evaluate
     from deltune.training.fitting import fit
+    from deltune.training.penalties import AddsPenalty
     from deltune.training.prediction import predict
+    from deltune.training.reference import ReferenceModel
     from deltune.training.result import FitResult
     from deltune.training.settings import TrainingSettings, setting_rows
     from deltune.training.trainer import DeltaTrainer
 
 _MODULES = {
+    "AddsPenalty": "penalties",
     "DeltaTrainer": "trainer",
     "FitResult": "result",
+    "ReferenceModel": "reference",
     "TrainingSettings": "settings",
     "evaluate": "evaluation",
     "fit": "fitting",
@@ -26,7 +30,17 @@ _MODULES = {
     "setting_rows": "settings",
 }
 
-__all__ = ["DeltaTrainer", "FitResult", "TrainingSettings", "evaluate", "fit", "predict", "setting_rows"]
+__all__ = [
+    "AddsPenalty",
+    "DeltaTrainer",
+    "FitResult",
+    "ReferenceModel",
+    "TrainingSettings",
+    "evaluate",
+    "fit",
+    "predict",
+    "setting_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -113,8 +113,8 @@ def batches_of(task: Task, data: Dataset, tokenizer: Any, batch_size: int) -> It
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradients, no cache of keys and values inside the block."""
-    training = model.training
+    """No dropout, no gradients, no cache of keys and values inside the block; modes are as before after it."""
+    training = [module for module in model.modules() if module.training]
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     model.eval()
@@ -125,7 +125,8 @@ def measuring(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         if use_cache:
             config.use_cache = use_cache  # type: ignore[union-attr]
 
