@@ -246,7 +246,9 @@ def _recorded(
 def _follow(form: Form, module: nn.Module) -> None:
     """Move ``form`` to the device of ``module``."""
     place = next((value.device for value in module.parameters()), None)
-    if place is not None and any(value.device != place for value in (*form.parameters(), *form.buffers())):
+    # read without names, of which a route to many attachments would make thousands
+    values = (value for part in form.modules() for own in (part._parameters, part._buffers) for value in own.values())
+    if place is not None and any(value is not None and value.device != place for value in values):
         form.to(place)
 
 

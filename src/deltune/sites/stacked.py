@@ -107,7 +107,7 @@ class Together(Generic[_Form]):
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
         self._plan: Plan[_Form] | None = None
-        self._kept: dict[Hashable, tuple[Hashable, StackedForms]] = {}
+        self._kept: dict[Hashable, tuple[Hashable, StackedForms, list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tap": self.tap, "_plan": None, "_kept": {}}
@@ -127,7 +127,10 @@ class Together(Generic[_Form]):
         key = group, dtype
         kept = self._kept.get(key)
         if kept is None or kept[0] != state:
-            kept = self._kept[key] = (state, form.stack(group.forms, dtype))
+            values = [value for one in group.forms for value in (*one.parameters(), *one.buffers())]
+            # held, so that no other tensor comes to stand where these were
+            held = [*values, *(value.detach() for value in values)]
+            kept = self._kept[key] = (state, form.stack(group.forms, dtype), held)
         return kept[1]
 
     def clear(self) -> None:
