@@ -13,7 +13,7 @@ import copy
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,7 @@ from deltune.backbone import Anatomy, AttentionShape, Targets
 from deltune.errors import StateError, TargetError
 from deltune.sites.attention_positions import CountPositions
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
+from deltune.sites.relative_positions import widened_bias
 
 __all__ = ["KeyValueForm", "KeyValueSite", "dispatching_to", "key_value_sites", "own_function", "with_additional_keys"]
 
@@ -112,27 +113,38 @@ class KeyValueTap(Tap):
         found = [(*form(), rows) for form, _, rows in self.changes(reference)]
         if not found:
             return None
+        owners = self._owners(reference)
+        lengths = [(name, key.shape[1]) for name, (key, _, _) in zip(owners, found, strict=True)]
         shape = (reference.shape[0], -1, -1, -1)
         keys = torch.cat([key.expand(shape) for key, _, _ in found], dim=2).to(reference)
         values = torch.cat([value.expand(shape) for _, value, _ in found], dim=2).to(reference)
         if all(rows is None for _, _, rows in found):
-            return _Added(keys, values, None)
+            return _Added(keys, values, None, lengths)
         # each form has columns of its own, which other rows do not see
         visible = torch.zeros(reference.shape[0], 1, 1, keys.shape[2], dtype=torch.bool, device=reference.device)
         start = 0
         for key, _, rows in found:
             visible[rows, :, :, start : start + key.shape[1]] = True
             start += key.shape[1]
-        return _Added(keys, values, visible)
+        return _Added(keys, values, visible, lengths)
+
+    def _owners(self, reference: Tensor) -> list[str]:
+        """Which attachment each form of :meth:`changes` belongs to."""
+        routed = set(self.control.routes(reference.shape[0])) if self.control.route else None
+        return [name for name, _, _ in self._acting() if routed is None or name in routed]
 
 
 @dataclass
 class _Added:
-    """Keys and values (B, K, P, D), and which of them each row sees, (B, 1, 1, P) boolean; all of them for None."""
+    """Keys and values (B, K, P, D), and which of them each row sees, (B, 1, 1, P) boolean; all of them for None.
+
+    ``lengths`` says how many of them belong to which attachment, in order.
+    """
 
     keys: Tensor
     values: Tensor
     visible: Tensor | None
+    lengths: list[tuple[str, int]]
 
 
 def dispatching_to(name: str, config: Any) -> tuple[str, Any]:
@@ -207,6 +219,10 @@ def with_additional_keys(
     eager = tap.implementation == "eager"
     function = own_function(module, tap.implementation)
     added = tap.keys_and_values(key)
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        lengths = [] if added is None else added.lengths
+        kwargs["position_bias"] = widened_bias(module, bias, key.shape[2], lengths)
     if added is None:
         return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     if attention_mask is None:
@@ -230,8 +246,6 @@ def with_additional_keys(
         )
     else:
         attention_mask = _widened(attention_mask, added)
-    if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = _widened(kwargs["position_bias"], replace(added, visible=None))
     key = torch.cat([added.keys, key], dim=2)
     value = torch.cat([added.values, value], dim=2)
     return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
