@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,11 @@ class Case:
     head: Head
     config: Callable[[Mapping[str, list[str]], str | None], Any]
     notes: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self) -> Any:
         """The model, always with the same weights."""
-        return self.architecture.build(self.head)
+        return self.architecture.build(self.head, **self.changes)
 
     def peft_model(self) -> Any:
         """The model in peft, with random values for all that trains."""
@@ -105,7 +106,7 @@ class Case:
         """What peft itself reads from a folder, into a fresh model."""
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
+            warnings.filterwarnings("ignore", message=".*(fan_in_fan_out|lora_bias=True).*")
             return peft.PeftModel.from_pretrained(self.build(), str(folder)).eval()
 
 
@@ -207,10 +208,12 @@ TUNERS: tuple[tuple[str, Builder, tuple[str, ...], tuple[str, ...]], ...] = (
     ("lora-alphas", lora("all", alpha_pattern={"value": 7, "v_proj": 7, "c_fc": 20}), EVERY[:3], FOLDED),
     ("rslora", lora(use_rslora=True, rank_pattern={"value": 2, "v_proj": 2}), EVERY, ()),
     ("dora", lora("all", use_dora=True), EVERY, ()),
+    ("lora-mica", lora(init_lora_weights="mica"), ("bert", "gpt2"), ()),
+    ("lora-orthogonal", lora(init_lora_weights="orthogonal", r=4), ("bert",), ()),
     ("lora-large-rank", lora(r=40), ("bert", "llama-gqa"), CUT),
     ("lora-embeddings", lora("embeddings"), ("bert", "gpt2", "llama-gqa"), ()),
     ("lora-convolution", lora(target_modules=["projection", "q_proj"]), ("vit",), ()),
-    ("lora-bias", lora(lora_bias=True), ("bert", "gpt2", "vit"), ()),
+    ("lora-bias", lora(lora_bias=True), EVERY, ()),
     ("lora-biases-all", lora(bias="all"), ("bert", "gpt2", "t5", "vit"), ()),
     ("lora-biases-own", lora(bias="lora_only"), ("bert", "gpt2", "vit"), ()),
     ("lora-biases-both", lora(bias="lora_only", lora_bias=True), ("bert",), ()),
@@ -226,8 +229,9 @@ TUNERS: tuple[tuple[str, Builder, tuple[str, ...], tuple[str, ...]], ...] = (
     ("lokr", lokr(), ("bert", "llama-gqa", "t5", "vit"), ()),
     ("lokr-thin", lokr(decompose_both=True, r=1), ("bert", "llama-gqa"), ()),
     ("lokr-factor", lokr(decompose_factor=4, alpha_pattern={"value": 5, "v_proj": 5}), ("bert", "llama-gqa", "t5"), ()),
-    ("prefix", prefix, ("bert", "gpt2", "llama-gqa"), ()),
-    ("prefix-projected", projected, ("bert", "gpt2", "llama-gqa"), ()),
+    ("prefix", prefix, EVERY[:4], ()),
+    ("prefix-projected", projected, EVERY[:4], ()),
+    ("prefix-even", prefix, ("t5",), ()),
     ("prompt", prompt, ("bert", "gpt2", "llama-gqa", "t5"), ()),
     ("p-tuning-mlp", p_tuning("MLP"), ("bert", "gpt2", "llama-gqa", "t5"), ()),
     ("p-tuning-lstm", p_tuning("LSTM"), ("bert", "gpt2"), ()),
@@ -248,8 +252,21 @@ def _heads(name: str, architecture: str) -> list[Head]:
     return [heads[-1] if name.startswith(("prefix", "prompt", "p-tuning")) else heads[len(name) % len(heads)]]
 
 
+#: peft's prefixes are for models whose heads together are as wide as the states; an even number of layers shares slots.
+CHANGES: dict[tuple[str, str], dict[str, Any]] = {
+    ("prefix", "t5"): {"d_kv": 8},
+    ("prefix-projected", "t5"): {"d_kv": 8},
+    ("prefix-even", "t5"): {"d_kv": 8, "num_layers": 4, "num_decoder_layers": 4},
+}
 CASES = [
-    Case(name, ARCHITECTURES[architecture], head, builder, NOTES.get((name, architecture), notes))
+    Case(
+        name,
+        ARCHITECTURES[architecture],
+        head,
+        builder,
+        NOTES.get((name, architecture), notes),
+        CHANGES.get((name, architecture), {}),
+    )
     for name, builder, architectures, notes in TUNERS
     for architecture in architectures
     for head in _heads(name, architecture)

@@ -41,6 +41,7 @@ WRITTEN: list[tuple[str, tuple[str, ...], str]] = [
     (f"krona(scale=1.5, {EVERYTHING})", ("bert", "llama-gqa", "t5", "vit"), "LOKR"),
     ("krona(rows=8, columns=8)", ("bert", "llama-gqa"), "LOKR"),
     (PREFIX, ("bert", "gpt2", "llama-gqa"), "PREFIX_TUNING"),
+    (f"{PREFIX[:-1]}, targets='attention stacks=decoder')", ("t5",), "PREFIX_TUNING"),
     ("prompt-tuning(length=3)", ("gpt2", "llama-gqa", "t5"), "PROMPT_TUNING"),
     ("p-tuning(length=3)", ("gpt2", "llama-gqa", "t5"), "P_TUNING"),
 ]
@@ -53,7 +54,9 @@ REFUSED = [
     (f"lora + {PREFIX}", "gpt2", "LORA and PREFIX_TUNING at once"),
     ("prefix-tuning(length=3)", "gpt2", "shift_positions=True"),
     ("prefix-tuning(length=3, shift_positions=true, targets='attention layers=1:')", "gpt2", r"decoder\.0\.attention"),
-    ("prefix-tuning(length=3)", "t5", "stacks"),
+    ("prefix-tuning(length=3)", "t5", "one stack alone"),
+    ("prefix-tuning(length=3, targets='attention stacks=encoder')", "t5", r"decoder\.0\.attention"),
+    ("prefix-tuning(length=3, targets='attention stacks=decoder')", "t5", "shift_positions=True"),
     ("prompt-tuning(length=3)", "bert", "prompt's own output"),
     ("p-tuning(length=3)", "bert", "prompt's own output"),
     ("krona", "gpt2", "whole linear maps"),

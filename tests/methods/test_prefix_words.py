@@ -401,11 +401,12 @@ def test_the_shift_is_no_parameter_and_is_stored(tmp_path: Path) -> None:
         assert torch.equal(output(tuned.model, batch), output(build("llama-gqa"), batch))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-gqa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-gqa", "t5"])
 def test_each_row_has_the_positions_of_its_own_attachment(name: str) -> None:
-    tuned, batch = attached(name, FLAT.replace(")", ", shift_positions=true)"))
-    tuned.attach("prefix-tuning(length=5, reparameterize=false, shift_positions=true)", name="long")
-    tuned.attach(FLAT, name="unshifted")
+    flat = "prefix-tuning(length={}, reparameterize=false, targets='attention stacks=decoder'{})"
+    tuned, batch = attached(name, flat.format(3, ", shift_positions=true"))
+    tuned.attach(flat.format(5, ", shift_positions=true"), name="long")
+    tuned.attach(flat.format(3, ""), name="unshifted")
     alone = []
     for row, attachment in enumerate(("default", "long", "unshifted")):
         tuned.activate(attachment)
@@ -421,6 +422,34 @@ def test_two_prefixes_shift_by_the_length_of_both() -> None:
     other, _ = attached("gpt2", f"{plain} + {plain}")
     positions = torch.arange(6, 6 + batch["input_ids"].shape[1]).expand(3, -1)
     assert torch.equal(output(tuned.model, batch), output(other.model, {**batch, "position_ids": positions}))
+
+
+@pytest.mark.parametrize("lengths", [(3,), (1, 2)])
+def test_a_shifted_prefix_of_t5_is_text_before_the_text(lengths: tuple[int, ...]) -> None:
+    """Keys and values of the decoder's first words, as a prefix of the rest, or as several in a row."""
+    model = build("t5")
+    batch = {key: value[:1] for key, value in ARCHITECTURES["t5"].batch(head="language").items()}
+    with torch.no_grad():
+        whole = model(**batch, use_cache=True)
+    one = "prefix-tuning(length={}, reparameterize=false, shift_positions=true, targets='attention stacks=decoder')"
+    tuned = deltune.attach(model, " + ".join(one.format(length) for length in lengths))
+    start = 0
+    for number, length in enumerate(lengths):
+        for layer, states in enumerate(whole.past_key_values.self_attention_cache.layers):
+            key = f"decoder.{layer}.attention"
+            form = forms_of(tuned)[key if len(lengths) == 1 else f"{number}.{key}"]
+            assert isinstance(form, Prefix)
+            form.start_at(states.keys[0, :, start : start + length], states.values[0, :, start : start + length])
+        start += length
+    rest = {**batch, "decoder_input_ids": batch["decoder_input_ids"][:, start:]}
+    assert relative_error(output(model, rest), whole.logits[:, start:]) < 1e-5
+    uncached, cached = (
+        model.generate(**{key: batch[key] for key in ("input_ids", "attention_mask")}, max_new_tokens=6, **options)
+        for options in ({"use_cache": False}, {"cache_implementation": "static"})
+    )
+    assert torch.equal(uncached, cached)
+    tuned.activate()
+    assert torch.equal(output(model, batch), output(build("t5"), batch))
 
 
 def test_positions_that_cannot_be_shifted_say_so() -> None:

@@ -20,12 +20,14 @@ class Keys:
     """What one form adds.
 
     Attributes:
+        owner: name of its attachment.
         keys: (K, P, D).
         values: (K, P, D).
         weight: 1, or the gate's value, (b, 1, 1) or (b, Q, 1): it multiplies keys and values (Mao et al. 2022).
         rows: indices of the b rows that see them; None for all of the batch.
     """
 
+    owner: str
     keys: Tensor
     values: Tensor
     weight: float | Tensor
@@ -63,6 +65,7 @@ class AddedKeys:
         keys: all of them.
         values: as many.
         visible: which of them each row sees, (B, 1, 1, P) boolean; all of them for None.
+        lengths: how many of them belong to which attachment, in order.
         gates: of forms that have another gate for each query: its values (B, 1, Q, 1), and the first and the last but
             one of its columns.
     """
@@ -70,6 +73,7 @@ class AddedKeys:
     keys: Tensor
     values: Tensor
     visible: Tensor | None
+    lengths: tuple[tuple[str, int], ...]
     gates: tuple[tuple[Tensor, int, int], ...] = ()
 
     @classmethod
@@ -89,7 +93,8 @@ class AddedKeys:
             if one.each_query:
                 gates.append((one.gate(reference), start, end))
             start = end
-        return cls(keys, values, visible, tuple(gates))
+        lengths = tuple((one.owner, one.keys.shape[1]) for one in found)
+        return cls(keys, values, visible, lengths, tuple(gates))
 
     def widened(self, mask: Tensor) -> Tensor:
         """``mask`` (B or 1, H or 1, Q or 1, T), boolean or additive, with the additional columns in front."""

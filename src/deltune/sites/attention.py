@@ -14,7 +14,7 @@ import copy
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from deltune.errors import StateError, TargetError
 from deltune.sites.added_keys import AddedKeys, Keys
 from deltune.sites.attention_positions import CountPositions
 from deltune.sites.base import Control, Form, Insertion, Seen, Site, Tap, gated, rows_of, with_change
+from deltune.sites.relative_positions import widened_bias
 
 __all__ = [
     "HeadForm",
@@ -171,7 +172,7 @@ class KeyValueTap(Tap):
         for form, _, rows in self.changes(reference):
             if isinstance(form, KeyValueForm):
                 keys, values = form()
-                found.append(Keys(keys, values, self._weight(form, 1.0, read, rows), rows))
+                found.append(Keys(self._owner(form), keys, values, self._weight(form, 1.0, read, rows), rows))
         return AddedKeys.of(found, reference) if found else None
 
     def scales(self, form: Form) -> bool:
@@ -269,6 +270,10 @@ def _attended(
     """The model's own function with the additional keys and values."""
     eager = tap.implementation == "eager"
     function = own_function(module, tap.implementation)
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        lengths = [] if added is None else added.lengths
+        kwargs["position_bias"] = widened_bias(module, bias, key.shape[2], lengths)
     if added is None:
         return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     if attention_mask is None:
@@ -292,8 +297,6 @@ def _attended(
         )
     else:
         attention_mask = added.widened(attention_mask)
-    if kwargs.get("position_bias") is not None:
-        kwargs["position_bias"] = replace(added, visible=None).widened(kwargs["position_bias"])
     if added.gates:
         # the width that the functions would take it from is that of several heads now
         kwargs["scaling"] = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy, Part, TokenEntry
 from deltune.errors import StateError, TargetError
 from deltune.sites.base import Control, Form, Insertion, Site, Tap, named_arguments
+from deltune.sites.relative_positions import RelativePositionSite, relative_position_site
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -191,20 +192,27 @@ def _check_table(tokens: TokenEntry, length: int, past: Any, count: int) -> None
         )
 
 
-def position_sites(model: nn.Module, anatomy: Anatomy, stacks: Sequence[str]) -> tuple[PositionSite, ...]:
+def position_sites(
+    model: nn.Module, anatomy: Anatomy, stacks: Sequence[str]
+) -> tuple[PositionSite | RelativePositionSite, ...]:
     """The positions of these stacks.
 
     Raises:
         TargetError: if a stack's positions cannot be given to it.
     """
-    sites = []
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites: list[PositionSite | RelativePositionSite] = []
     for name in stacks:
         tokens = anatomy.stacks[name].tokens
-        module = None if tokens is None else model.get_submodule(tokens.entry)
-        if tokens is None or module is None or "position_ids" not in inspect.signature(module.forward).parameters:
+        entry = None if tokens is None else modules[tokens.entry]
+        if tokens is not None and entry is not None and "position_ids" in inspect.signature(entry.forward).parameters:
+            sites.append(PositionSite(Part("embeddings", name, None, tokens.entry), tokens))
+            continue
+        relative = relative_position_site(modules, anatomy, name)
+        if relative is None:
             raise TargetError(
                 f"The positions of the {name} of {anatomy.family} cannot be shifted: it takes no position_ids. Attach "
                 "without a shift of positions."
             )
-        sites.append(PositionSite(Part("embeddings", name, None, tokens.entry), tokens))
+        sites.append(relative)
     return tuple(sites)

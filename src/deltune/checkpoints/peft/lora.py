@@ -26,7 +26,7 @@ from deltune.sites import WeightSite
 __all__ = ["ADALORA_OPTIONS", "LORA_OPTIONS", "Factors", "read_adalora", "read_lora"]
 
 #: Initialisations that leave the frozen model as it is.
-_HARMLESS = (None, True, False, "gaussian", "eva", "orthogonal")
+_HARMLESS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 _USED = "lora_alpha lora_dropout fan_in_fan_out bias alpha_pattern rank_pattern init_lora_weights"
 _IGNORED = "loftq_config eva_config corda_config lora_ga_config megatron_config megatron_core"

@@ -25,6 +25,7 @@ __all__ = [
     "P_TUNING_OPTIONS",
     "prefix_method",
     "prefix_sites",
+    "prefix_slots",
     "read_prefix",
     "read_prompt",
     "refuse_pooled_prompts",
@@ -43,8 +44,8 @@ P_TUNING_OPTIONS = Options(
 
 
 def prefix_method(length: int, anatomy: Anatomy) -> PrefixTuning:
-    """A prefix as peft has it: in the cache of a stack that reads itself, so that the text begins at position P."""
-    stacks = "" if len(anatomy.stacks) == 1 else " stacks=decoder"
+    """A prefix as peft has it: in the cache of the last stack, so that the text begins at position P."""
+    stacks = f" stacks={tuple(anatomy.stacks)[-1]}" if len(anatomy.stacks) > 1 else ""
     return PrefixTuning(
         length=length, reparameterize=False, shift_positions=True, targets=Targets.parse(f"attention{stacks}")
     )
@@ -56,16 +57,21 @@ def prefix_sites(method: PrefixTuning, model: nn.Module, anatomy: Anatomy) -> tu
     Raises:
         CheckpointError: if the model takes no additional keys, or its positions cannot be shifted.
     """
-    if len(anatomy.stacks) != 1:
-        raise CheckpointError(
-            f"In models like this one ({anatomy.family}, with the stacks {', '.join(anatomy.stacks)}) peft's prefixes "
-            "take part in the relative positions or stand in several stacks, which deltune cannot do alike."
-        )
     try:
         list(method.place(model, anatomy))
         return key_value_sites(model, anatomy, method.targets)
     except TargetError as error:
         raise CheckpointError(f"This model cannot have a prefix like peft's. {error}") from error
+
+
+def prefix_slots(layers: int, count: int, submodules: int) -> list[tuple[int, int]]:
+    """Which of the 2 ``count`` slots of a table hold the keys and the values of each layer.
+
+    For encoder-decoder models peft lays the table twice in a row and gives each layer of the decoder four slots, of
+    which its self-attention reads the first two.
+    """
+    step = 2 * submodules
+    return [(step * layer % (2 * count), (step * layer + 1) % (2 * count)) for layer in range(layers)]
 
 
 def read_prefix(contents: Contents) -> tuple[Method, dict[str, Tensor]]:
@@ -78,11 +84,19 @@ def read_prefix(contents: Contents) -> tuple[Method, dict[str, Tensor]]:
     method = prefix_method(table.shape[0], contents.anatomy)
     sites = prefix_sites(method, contents.model, contents.anatomy)
     heads, head_dim = sites[0].shape.key_value_heads, sites[0].shape.head_dim
-    contents.fits(PROMPT_KEY, table, (table.shape[0], 2 * len(sites) * heads * head_dim))
+    submodules = int(contents.config.get("num_transformer_submodules") or 1)
+    count = int(contents.config.get("num_layers") or len(sites)) if submodules > 1 else len(sites)
+    contents.fits(PROMPT_KEY, table, (table.shape[0], 2 * count * heads * head_dim))
     contents.finish_if_damaged()
+    if count < len(sites):
+        raise CheckpointError(
+            f"{contents.folder} has prefixes for {count} layers, and the {sites[0].part.stack} of this model has "
+            f"{len(sites)}."
+        )
+    halves = [half for pair in split_prefixes(table, heads, head_dim) for half in pair]
     tensors: dict[str, Tensor] = {}
-    for site, (keys, values) in zip(sites, split_prefixes(table, heads, head_dim), strict=True):
-        tensors |= {f"{site.key}.keys": keys, f"{site.key}.values": values}
+    for site, (keys, values) in zip(sites, prefix_slots(len(sites), count, submodules), strict=True):
+        tensors |= {f"{site.key}.keys": halves[keys], f"{site.key}.values": halves[values]}
     return method, tensors
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltune.backbone import Anatomy, out_features
 from deltune.checkpoints.peft.layout import PREFIX, PROMPT_KEY
-from deltune.checkpoints.peft.prompts import prefix_method, prefix_sites, refuse_pooled_prompts
+from deltune.checkpoints.peft.prompts import prefix_method, prefix_sites, prefix_slots, refuse_pooled_prompts
 from deltune.errors import CheckpointError
 from deltune.methods.additive.ia3 import InputScale, OutputScale
 from deltune.methods.additive.prefix_forms import Prefix, joined_prefixes
@@ -256,12 +256,19 @@ def write_prefix(placed: list[Placed], model: nn.Module, anatomy: Anatomy) -> Wr
             "peft's prefixes shift the positions of the text, and this one was trained without. Train with "
             "shift_positions=True, or save with format='deltune'."
         )
-    table = joined_prefixes([(prefixes[site.key].keys, prefixes[site.key].values) for site in sites])
     shape = sites[0].shape
+    submodules = min(len(anatomy.stacks), 2)
+    # an odd number of layers gives each of them slots of its own, see prefix_slots
+    count = len(sites) + (1 - len(sites) % 2 if submodules > 1 else 0)
+    first = prefixes[sites[0].key]
+    slots = [torch.zeros_like(first.keys)] * (2 * count)
+    for site, (keys, values) in zip(sites, prefix_slots(len(sites), count, submodules), strict=True):
+        slots[keys], slots[values] = prefixes[site.key].keys, prefixes[site.key].values
+    table = joined_prefixes(list(zip(slots[::2], slots[1::2], strict=True)))
     config = {
         "encoder_hidden_size": None,
         "prefix_projection": False,
-        **_sizes(length, shape.key_value_features, 1, shape.key_value_heads, len(sites)),
+        **_sizes(length, shape.key_value_features, submodules, shape.key_value_heads, count),
     }
     return Written(config, {PROMPT_KEY: table})
 

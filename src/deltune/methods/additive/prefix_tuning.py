@@ -61,10 +61,10 @@ class PrefixTuning(PrefixMethod):
 
     Differs from the paper:
         By default a prefix shifts no position of the text. In the authors' code for GPT-2 the text begins at position
-        P; ``shift_positions`` does the same, where the model takes positions. A prefix enters after rotary embeddings
-        and normalisation of keys. The paper's last linear map serves all layers at once; here each layer owns its
-        rows of it, which is the same map. Dropout is one mask for all rows of a batch; the authors' code draws one
-        for each.
+        P; ``shift_positions`` does the same, where the model takes positions, and in the decoder of T5, where they are
+        relative. A prefix enters after rotary embeddings and normalisation of keys. The paper's last linear map serves
+        all layers at once; here each layer owns its rows of it, which is the same map. Dropout is one mask for all rows
+        of a batch; the authors' code draws one for each.
 
         ``start_text`` is tokenised as it is written: where a word inside a sentence is another token than the word
         alone, write the space before it, which the authors' code does by itself. As there, the length of the prefix
