@@ -37,9 +37,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-## regenerate the pages of the methods
+## regenerate the pages of the methods and the table of the unified view
 pages: $(READY)
 	$(BIN)/python -m deltune.methods.page docs/methods README.md
+	$(BIN)/python -m deltune.methods.unified docs/unified_view.md
 
 clean:
 	rm -rf .venv .cache demo

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltune.backbone import check_base_model
-from deltune.checkpoints import fill, recognised
+from deltune.checkpoints import fill, recognised, without_head
 from deltune.errors import CheckpointError
 from deltune.quantization import NF4
 from deltune.tuned import HANDLE, Tuned
@@ -25,6 +25,7 @@ def load(
     name: str | None = None,
     *,
     strict: bool = True,
+    head: bool = True,
     format: str | None = None,
     pickled: bool = False,
 ) -> Tuned:
@@ -38,6 +39,8 @@ def load(
             False, a head that the model does not have is left out, and a differing base model is accepted; misshapen
             tensors never are. Where only one of the models, that of the training or the present one, is quantised, a
             warning says so. Folders of other libraries hold no sample of the base model to know it by.
+        head: whether to attach the task head that it was trained with. If False the model keeps its own, which may be
+            of another size.
         format: the folder's format, one of ``deltune.checkpoints.FORMATS``; found out if None.
         pickled: read weights that are pickled too (``.bin``), with torch's ``weights_only``. By default safetensors
             alone are read.
@@ -53,13 +56,16 @@ def load(
     if strict and saved.base_model is not None:
         check_base_model(saved.base_model, tuned.base_model)
         _check_quantization(saved.base_model.get("quantization"), tuned.base_model["quantization"], path)
-    wanted = name or saved.name
+    wanted, tensors = name or saved.name, saved.tensors
+    with_head = head and bool(saved.head) and bool(tuned.anatomy.head)
     # initial values are drawn and overwritten at once: leave the caller's random numbers alone
     with torch.random.fork_rng(devices=[]):
-        tuned.attach(saved.method, wanted, train_head=bool(saved.head) and bool(tuned.anatomy.head))
+        tuned.attach(saved.method, wanted, train_head=with_head)
     attachment = tuned.attachments[wanted]
+    if not head:
+        tensors = without_head(attachment, tensors, saved.head)
     try:
-        fill(attachment, saved.tensors, saved.head, strict, path)
+        fill(attachment, tensors, saved.head, strict, path)
     except Exception:
         tuned.detach(wanted)
         raise

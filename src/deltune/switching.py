@@ -60,7 +60,7 @@ def check_together(
                     "cannot be active together."
                 )
             selected[parameter] = name
-        unscalable = next((key for key, site, _ in attachment.sites if not taps[site.identity].weighted), "")
+        unscalable = next((key for key, site, form in attachment.sites if not taps[site.identity].scales(form)), "")
         own = [parameter for parameter, _ in attachment.selection if parameter not in attachment.head_names]
         if weight != 1.0 and (unscalable or own):
             raise StateError(

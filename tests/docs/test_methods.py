@@ -77,6 +77,14 @@ def test_a_file_without_marks_is_refused(tmp_path: Path) -> None:
         write_pages(tmp_path / "docs", [tmp_path / "README.md"])
 
 
+def test_the_number_of_methods_is_written_too(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("has <!-- count -->7<!-- end count -->.\n<!-- methods --><!-- end methods -->")
+    write_pages(tmp_path / "docs", [tmp_path / "README.md"])
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert text.startswith(f"has <!-- count -->{len(own_methods())}<!-- end count -->.\n")
+    assert f"<!-- count -->{len(own_methods())}<!--" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_table_lists_every_method() -> None:
     lines = table(own_methods()).splitlines()
     assert len(lines) == 2 + len(own_methods())

@@ -64,7 +64,8 @@ def check(words: list[str]) -> None:
     assert command is not None, f"there is no command {words[0]}"
     given = command.make_context(words[0], words[1:]).params
     if words[0] == "methods" and given["name"]:
-        get(given["name"])
+        # with --unified also methods with options, and sums
+        (parse if given["unified"] else get)(given["name"])
     if words[0] == "sites" and given["targets"]:
         Targets.parse(given["targets"])
 

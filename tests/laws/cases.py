@@ -38,6 +38,8 @@ METHODS: dict[str, str] = {
     "parallel-adapter": "parallel-adapter(width=4, dropout=0)",
     "parallel-adapter-heads": "parallel-adapter(width=4, dropout=0, targets=attention, reads=stream)",
     "adapter-fusion": "adapter-fusion(adapters='pfeiffer-adapter(width=4), pfeiffer-adapter(width=3)')",
+    "head-adapter": "head-adapter(width=3)",
+    "head-adapter-softmax": "head-adapter(width=3, activation=softmax, grouped=true, scale=4, initialization=normal)",
     "prefix-tuning": "prefix-tuning(length=3, width=6)",
     "prefix-tuning-shifted": "prefix-tuning(length=3, reparameterize=false, shift_positions=true)",
     "prompt-tuning": "prompt-tuning(length=3)",
@@ -72,6 +74,7 @@ SIBLINGS = (
     "attention-fusion-residual",
     "dylora",
     "gated-scalar",
+    "head-adapter-softmax",
     "lora-decomposed",
     "mam",
     "parallel-adapter-heads",
@@ -111,7 +114,7 @@ EXCLUSIONS: list[tuple[str, Callable[[Architecture], bool], str]] = [
     ),
     *(
         (name, lambda architecture: not architecture.dispatches, "as for prefix-tuning")
-        for name in ("mam", "unipelt", "unipelt-central")
+        for name in ("head-adapter", "head-adapter-softmax", "mam", "unipelt", "unipelt-central")
     ),
     (
         "unipelt-central",

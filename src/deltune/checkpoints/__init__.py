@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from deltune.checkpoints.files import write_atomically, write_json, write_tensors
 from deltune.checkpoints.formats import FORMATS, Format, Saved, format_named, recognised
-from deltune.checkpoints.native import DESCRIPTION_FILE, TENSOR_FILE, fill, read, read_description, write
+from deltune.checkpoints.native import (
+    DESCRIPTION_FILE,
+    TENSOR_FILE,
+    fill,
+    read,
+    read_description,
+    stored_tensors,
+    without_head,
+    write,
+)
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -17,6 +26,8 @@ __all__ = [
     "read",
     "read_description",
     "recognised",
+    "stored_tensors",
+    "without_head",
     "write",
     "write_atomically",
     "write_json",

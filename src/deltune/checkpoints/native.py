@@ -23,7 +23,17 @@ from deltune.errors import CheckpointError
 from deltune.methods import parse
 from deltune.methods.saved import FORMAT, TENSOR_FILE, read, read_description
 
-__all__ = ["DESCRIPTION_FILE", "TENSOR_FILE", "Native", "fill", "read", "read_description", "write"]
+__all__ = [
+    "DESCRIPTION_FILE",
+    "TENSOR_FILE",
+    "Native",
+    "fill",
+    "read",
+    "read_description",
+    "stored_tensors",
+    "without_head",
+    "write",
+]
 
 DESCRIPTION_FILE = "deltune.json"
 
@@ -65,7 +75,7 @@ def write(attachment: Attachment, base_model: Mapping[str, Any], path: str | Pat
     """
     folder = Path(path)
     description = _description(attachment, base_model)
-    tensors = _stored_tensors(attachment)
+    tensors = stored_tensors(attachment)
     # one entry alone: safetensors writes several in random order, and equal deltas shall be equal files
     header = {"deltune": json.dumps(description, sort_keys=True)}
     write_tensors(folder / TENSOR_FILE, tensors, header)
@@ -86,7 +96,8 @@ def _description(attachment: Attachment, base_model: Mapping[str, Any]) -> dict[
     }
 
 
-def _stored_tensors(attachment: Attachment) -> dict[str, Tensor]:
+def stored_tensors(attachment: Attachment) -> dict[str, Tensor]:
+    """What is written of an attachment, by key: its forms as they are stored, and its selected parameters."""
     tensors: dict[str, Tensor] = {}
     for key, placed in attachment.placed.items():
         form = placed.form.stored()
@@ -95,6 +106,20 @@ def _stored_tensors(attachment: Attachment) -> dict[str, Tensor]:
             tensors.update({f"{key}.{name}": form.get_buffer(name) for name in form.saved_buffers})
     tensors.update(dict(attachment.written()))
     return tensors
+
+
+def without_head(attachment: Attachment, tensors: Mapping[str, Tensor], head: Set[str]) -> dict[str, Tensor]:
+    """``tensors`` without those of a task head.
+
+    A method that selects the head by itself (``full``) has the model's own values there.
+
+    Args:
+        attachment: that they are for.
+        tensors: by key.
+        head: keys of the tensors of the head.
+    """
+    kept = {key: value for key, value in tensors.items() if key not in head}
+    return {**{key: value.detach().clone() for key, value in attachment.written() if key in head}, **kept}
 
 
 def fill(

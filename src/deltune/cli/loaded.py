@@ -24,7 +24,15 @@ class Loaded:
     tokenizer: Any
 
 
-def load_delta(model: str, delta: Path, device: str | None = None, *, quantized: bool = True) -> Loaded:
+def load_delta(
+    model: str,
+    delta: Path,
+    device: str | None = None,
+    *,
+    quantized: bool = True,
+    name: str | None = None,
+    head: bool = True,
+) -> Loaded:
     """Load the model for the task of a delta, and attach the delta.
 
     A model that was quantised when the delta was trained is quantised in the same way.
@@ -34,6 +42,8 @@ def load_delta(model: str, delta: Path, device: str | None = None, *, quantized:
         delta: folder that ``deltune tune`` or ``Tuned.save`` wrote.
         device: cpu, cuda or mps; the best that is present if none.
         quantized: if False the model is loaded as it is in its folder in any case.
+        name: under which to attach the delta; by default that under which it was saved.
+        head: whether the task head that was trained comes with it.
 
     Raises:
         CheckpointError: if the delta is missing, damaged, of another model, or says no task.
@@ -59,7 +69,7 @@ def load_delta(model: str, delta: Path, device: str | None = None, *, quantized:
     tokenizer = task.load_tokenizer(model)
     stored = description["base_model"].get("quantization") if quantized else None
     base = task.load_model(model, tokenizer=tokenizer, read=reader(None if stored is None else NF4.from_dict(stored)))
-    tuned = deltune.load(base, delta)
+    tuned = deltune.load(base, delta, name, head=head)
     tuned.model.to(place)
     tuned.model.eval()
     return Loaded(tuned, task, tokenizer)

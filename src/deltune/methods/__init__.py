@@ -8,7 +8,7 @@ from __future__ import annotations
 from deltune.methods.base import Method, Paper, Placement, Sum
 from deltune.methods.options import option
 from deltune.methods.preset import Preset
-from deltune.methods.registry import all_methods, get, parse, register, split_specifications
+from deltune.methods.registry import all_methods, all_variants, get, parse, register, split_specifications, variant
 
 __all__ = [
     "Method",
@@ -17,9 +17,11 @@ __all__ = [
     "Preset",
     "Sum",
     "all_methods",
+    "all_variants",
     "get",
     "option",
     "parse",
     "register",
     "split_specifications",
+    "variant",
 ]

@@ -80,6 +80,7 @@ class Method(ABC):
         weight_decay: default.
         unchanged_at_start: whether a freshly attached method leaves the outputs exactly as they were.
         mergeable: whether it can be folded into the model's weights.
+        specimen: options, as text, with which it is shown where it cannot be built from its defaults.
 
     Raises:
         MethodError: when built with a value of the wrong type or out of bounds.
@@ -93,6 +94,7 @@ class Method(ABC):
     weight_decay: ClassVar[float] = 0.0
     unchanged_at_start: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
+    specimen: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -30,6 +30,7 @@ SECTIONS = ("When to use", "Cost", "Terms", "Example", "Differs from the paper",
 TERMS = ("Site", "Form", "Combination", "Control")
 
 _BEGIN, _END = "<!-- methods -->", "<!-- end methods -->"
+_COUNT = re.compile(r"(?<=<!-- count -->)\d+(?=<!-- end count -->)")
 _TITLE = re.compile(r"([A-Z][A-Za-z ]*):$")
 _ITEM = re.compile(r"([A-Z][A-Za-z ]*): ")
 _INSERTIONS = {
@@ -110,11 +111,11 @@ def index(kinds: Sequence[type[Method]]) -> str:
 
 
 def write_pages(folder: Path, others: Iterable[Path] = ()) -> None:
-    """Write the page of every method of this package, their index, and their table into other files.
+    """Write the page of every method of this package, their index, and their table and number into other files.
 
     Args:
         folder: where the pages go; made if it does not exist.
-        others: Markdown files in which the table stands between the marks for it.
+        others: Markdown files in which the table stands between the marks for it; the number may stand between its own.
 
     Raises:
         ValueError: if one of the other files has no marks.
@@ -130,6 +131,7 @@ def write_pages(folder: Path, others: Iterable[Path] = ()) -> None:
             raise ValueError(f"{file} has no place for the table of methods: write {_BEGIN} and {_END} into it.")
         before, after = text.split(_BEGIN)[0], text.split(_END)[1]
         place = folder.resolve().relative_to(file.resolve().parent).as_posix()
+        before, after = (_COUNT.sub(str(len(kinds)), around) for around in (before, after))
         file.write_text(f"{before}{_BEGIN}\n{table(kinds, f'{place}/')}\n{_END}{after}", encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ which lists modules or Python files, joined by the path separator.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -22,15 +23,17 @@ from deltune.errors import MethodError, suggestion
 from deltune.methods.base import Method, Sum
 from deltune.methods.options import split
 
-__all__ = ["all_methods", "get", "parse", "register", "split_specifications"]
+__all__ = ["all_methods", "all_variants", "get", "parse", "register", "split_specifications", "variant"]
 
 _REGISTERED: dict[str, type[Method]] = {}
+_VARIANTS: dict[str, Method] = {}
 _BRANCHES = ("selective", "additive", "reparameterized", "hybrid")
 #: How an option begins.
 _OPTION = re.compile(r"\s*\w+\s*=")
 _loaded = False
 
 MethodType = TypeVar("MethodType", bound=type[Method])
+Named = TypeVar("Named", bound=Method)
 
 
 def register(method: MethodType) -> MethodType:
@@ -55,6 +58,24 @@ def register(method: MethodType) -> MethodType:
     return method
 
 
+def variant(name: str, method: Named) -> Named:
+    """Make a method with certain options known by a name of its own; the method itself.
+
+    Raises:
+        MethodError: if another method has that name.
+    """
+    if _VARIANTS.get(name, method) != method or name in _REGISTERED:
+        raise MethodError(f"Two methods are named {name!r}. Rename one.")
+    _VARIANTS[name] = method
+    return method
+
+
+def all_variants() -> dict[str, Method]:
+    """Every method with certain options that has a name of its own, by that name, sorted."""
+    _load()
+    return dict(sorted(_VARIANTS.items()))
+
+
 def all_methods() -> dict[str, type[Method]]:
     """Every known method by name, sorted by branch and name."""
     _load()
@@ -74,12 +95,15 @@ def get(name: str) -> type[Method]:
     by_class = {method.__name__: method for method in methods.values()}
     found = methods.get(name) or by_class.get(name)
     if found is None:
-        raise MethodError(f"There is no method {name!r}. {suggestion(name, methods)} `deltune methods` lists all.")
+        if name in _VARIANTS:
+            raise MethodError(f"{name!r} is {_VARIANTS[name]}, and has no class of its own. Name a method in it.")
+        known = [*methods, *_VARIANTS]
+        raise MethodError(f"There is no method {name!r}. {suggestion(name, known)} `deltune methods` lists all.")
     return found
 
 
 def parse(specification: str | dict[str, Any] | Method) -> Method:
-    """A method from text: ``lora``, ``lora(rank=16, alpha=32)``, or several.
+    """A method from text: ``lora``, ``lora(rank=16, alpha=32)``, a variant, or several.
 
     Several are a sum, ``lora + bitfit``, or a gated one, ``gated(lora, prefix-tuning(length=5), gate=scalar)``.
 
@@ -109,10 +133,12 @@ def _parse_term(text: str) -> Method:
     if match is None:
         raise MethodError(f"{text!r} is no method. Write a name, or a name with options: lora(rank=16, alpha=32).")
     name, inside = match.groups()
-    kind = get(name)
+    named = all_variants().get(name)
+    kind = get(name) if named is None else type(named)
     options: dict[str, Any] = {}
-    pieces = split_specifications(inside or "") if issubclass(kind, Sum) else _split_options(inside or "")
-    if issubclass(kind, Sum):
+    of_methods = named is None and issubclass(kind, Sum)
+    pieces = split_specifications(inside or "") if of_methods else _split_options(inside or "")
+    if of_methods:
         options["methods"] = tuple(parse(piece) for piece in pieces if not _OPTION.match(piece))
         pieces = [piece for piece in pieces if _OPTION.match(piece)]
     for piece in pieces:
@@ -122,7 +148,17 @@ def _parse_term(text: str) -> Method:
         if not equals:
             raise MethodError(f"{piece.strip()!r} in {text!r} is no option. Write option=value, such as rank=16.")
         options[key.strip().replace("-", "_")] = value.strip().strip("'\"")
-    return kind.from_options(options)
+    if named is None:
+        return kind.from_options(options)
+    if not options:
+        return named
+    if len(named.parts) > 1:
+        raise MethodError(f"{name} is {named}. Write that, with the options where they belong.")
+    return type(named).from_options({**_values(named), **options})
+
+
+def _values(method: Method) -> dict[str, Any]:
+    return {item.name: getattr(method, item.name) for item in dataclasses.fields(method)}
 
 
 def split_specifications(text: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deltune.sites.attention import KeyValueForm, KeyValueSite, key_value_sites
+from deltune.sites.attention import HeadForm, HeadSite, KeyValueForm, KeyValueSite, head_sites, key_value_sites
 from deltune.sites.attention_positions import PositionShift, PositionSite, position_sites
 from deltune.sites.attention_records import recorded_keys_and_values
 from deltune.sites.base import Control, Form, Insertion, Site, Tap
@@ -26,6 +26,8 @@ __all__ = [
     "Form",
     "GateForm",
     "GateSite",
+    "HeadForm",
+    "HeadSite",
     "Insertion",
     "KeyValueForm",
     "KeyValueSite",
@@ -62,6 +64,7 @@ __all__ = [
     "entries_below",
     "entries_site",
     "gate_site",
+    "head_sites",
     "key_value_sites",
     "layer_sites",
     "mask_sites",

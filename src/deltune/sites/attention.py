@@ -14,7 +14,7 @@ import copy
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,9 +26,19 @@ from deltune.backbone import Anatomy, AttentionShape, Targets
 from deltune.errors import StateError, TargetError
 from deltune.sites.added_keys import AddedKeys, Keys
 from deltune.sites.attention_positions import CountPositions
-from deltune.sites.base import Control, Form, Insertion, Seen, Site, Tap, gated, rows_of
+from deltune.sites.base import Control, Form, Insertion, Seen, Site, Tap, gated, rows_of, with_change
 
-__all__ = ["KeyValueForm", "KeyValueSite", "dispatching_to", "key_value_sites", "own_function", "with_additional_keys"]
+__all__ = [
+    "HeadForm",
+    "HeadSite",
+    "KeyValueForm",
+    "KeyValueSite",
+    "dispatching_to",
+    "head_sites",
+    "key_value_sites",
+    "own_function",
+    "with_additional_keys",
+]
 
 #: Name of our function in transformers' attention interface.
 IMPLEMENTATION = "deltune"
@@ -42,6 +52,14 @@ class KeyValueForm(Form):
     @abstractmethod
     def forward(self) -> tuple[Tensor, Tensor]:
         """Additional keys and values, each (K, P, D)."""
+
+
+class HeadForm(Form):
+    """``forward`` maps the queries of all heads to a change of what each head makes."""
+
+    @abstractmethod
+    def forward(self, query: Tensor, scaling: float) -> Tensor:
+        """The change (B, H, Q, D) for the query (B, H, Q, D), whose products with keys the model scales by that."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +79,35 @@ class KeyValueSite(Site):
     insertion: ClassVar[Insertion] = Insertion.KEY_VALUE
     gateable: ClassVar[bool] = True
 
+    @property
+    def modified(self) -> str:
+        """What each head makes, before the matrix that joins them."""
+        return f"{super().modified} heads"
+
+    def combination(self, factor: str) -> str:
+        """The share lam is what that the additional keys have of the softmax."""
+        gated = f", keys and values times {factor}" if factor else ""
+        return f"(1 - lam) h + lam dh{gated}"
+
     def tap(self, control: Control) -> KeyValueTap:
         """A tap inside the attention function."""
         return KeyValueTap(self, control)
+
+
+@dataclass(frozen=True)
+class HeadSite(KeyValueSite):
+    """What the heads of an attention function make, before the matrix that joins them, beside the function itself."""
+
+    insertion: ClassVar[Insertion] = Insertion.PARALLEL
+
+    @property
+    def identity(self) -> str:
+        """Additional keys in the same attention function share the tap."""
+        return f"{Insertion.KEY_VALUE.value}:{self.key}"
+
+    def combination(self, factor: str) -> str:
+        """A sum: no softmax is shared, so that there is no gate."""
+        return Site.combination(self, factor)
 
 
 class KeyValueTap(Tap):
@@ -117,15 +161,36 @@ class KeyValueTap(Tap):
         """Keep what the module reads for the gates, until its attention function runs."""
         self._seen.inputs[:] = [args[0] if args else next(iter(kwargs.values()))]
 
-    def keys_and_values(self, reference: Tensor) -> AddedKeys | None:
+    def reading(self) -> Tensor | None:
+        """What the module read, (B, Q, d), if a gate has to know it."""
+        return self._seen.inputs.pop() if self._seen.inputs else None
+
+    def keys_and_values(self, reference: Tensor, read: Tensor | None) -> AddedKeys | None:
         """Keys and values of all live forms, for a batch shaped and typed ``reference`` (B, K, T, D); None for none."""
-        read = self._seen.inputs.pop() if self._seen.inputs else None
         found = []
         for form, _, rows in self.changes(reference):
-            keys, values = form()
-            weight = 1.0 if read is None else gated(form, 1.0, rows_of(read, rows), rows)
-            found.append(Keys(keys, values, weight, rows))
+            if isinstance(form, KeyValueForm):
+                keys, values = form()
+                found.append(Keys(keys, values, self._weight(form, 1.0, read, rows), rows))
         return AddedKeys.of(found, reference) if found else None
+
+    def scales(self, form: Form) -> bool:
+        """Keys and values are not a change that can be scaled; changes of heads are."""
+        return isinstance(form, HeadForm)
+
+    def with_changes(self, heads: Tensor, query: Tensor, scaling: float | None, read: Tensor | None) -> Tensor:
+        """What the heads make, (B, Q, H, D), with the live changes that read the ``query`` (B, H, Q, D)."""
+        for form, weight, rows in self.changes(query):
+            if isinstance(form, HeadForm):
+                change = form(rows_of(query, rows), query.shape[-1] ** -0.5 if scaling is None else scaling)
+                factor = self._weight(form, weight, read, rows)
+                factor = factor[..., None] if isinstance(factor, Tensor) else factor
+                heads = with_change(heads, change.transpose(1, 2), factor, rows)
+        return heads
+
+    def _weight(self, form: Form, weight: float, read: Tensor | None, rows: Tensor | None) -> float | Tensor:
+        """The weight times the form's gate, which reads what the attention module read, (B, Q, d)."""
+        return weight if read is None else gated(form, weight, rows_of(read, rows), rows)
 
 
 def dispatching_to(name: str, config: Any) -> tuple[str, Any]:
@@ -169,6 +234,8 @@ def with_additional_keys(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls: the model's own one, with more keys and values.
 
+    What forms of a :class:`HeadSite` make of the query is added to what the heads make.
+
     Args:
         module: the attention module; its tap says which keys and values to add.
         query: (B, H, Q, D).
@@ -183,9 +250,25 @@ def with_additional_keys(
     """
     tap: KeyValueTap = vars(module)[_TAP]
     tap.reached = True
+    read = tap.reading()
+    added = tap.keys_and_values(key, read)
+    heads, weights = _attended(tap, added, module, query, key, value, attention_mask, **kwargs)
+    return tap.with_changes(heads, query, kwargs.get("scaling"), read), weights
+
+
+def _attended(
+    tap: KeyValueTap,
+    added: AddedKeys | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own function with the additional keys and values."""
     eager = tap.implementation == "eager"
     function = own_function(module, tap.implementation)
-    added = tap.keys_and_values(key)
     if added is None:
         return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
     if attention_mask is None:
@@ -222,6 +305,16 @@ def with_additional_keys(
 AttentionInterface.register(IMPLEMENTATION, with_additional_keys)
 
 
+def head_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[HeadSite, ...]:
+    """The heads of the attention functions that ``targets`` selects.
+
+    Raises:
+        TargetError: if a target selects nothing, or an attention function that cannot be reached.
+    """
+    sites = key_value_sites(model, anatomy, targets)
+    return tuple(HeadSite(**{item.name: getattr(site, item.name) for item in fields(site)}) for site in sites)
+
+
 def key_value_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[KeyValueSite, ...]:
     """The attention functions that ``targets`` selects.
 
@@ -234,8 +327,8 @@ def key_value_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tup
         if part.attention is None or not part.dispatches:
             raise TargetError(
                 f"The attention of {anatomy.family} ({part.module}) does not go through transformers' attention "
-                "interface, so it cannot take additional keys and values. Choose a method with another insertion, "
-                "such as lora or sequential-adapter."
+                "interface, so it can take no additional keys and values, and its heads cannot be changed. Choose a "
+                "method with another insertion, such as lora or sequential-adapter."
             )
         stack = anatomy.stack_of(part)
         parameter = next(modules[part.module].parameters())

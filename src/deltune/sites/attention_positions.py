@@ -68,6 +68,8 @@ class CountPositions:
 class PositionShift(Form):
     """``forward`` returns the number of positions by which the text moves; nothing of it is trained."""
 
+    formula: ClassVar[str] = "P"
+
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count = count
@@ -84,6 +86,11 @@ class PositionSite(Site):
     tokens: TokenEntry
 
     insertion: ClassVar[Insertion] = Insertion.KEY_VALUE
+
+    @property
+    def modified(self) -> str:
+        """Where the text stands."""
+        return "positions"
 
     @property
     def key(self) -> str:

@@ -66,6 +66,18 @@ class Form(nn.Module):
     #: The gate that the change is multiplied by, if it has one. In a tuple, so that it is no submodule: several forms
     #: may share a gate, and it has a place of its own.
     gated_by: tuple[Gate, ...] = ()
+    #: dh as text for the table of all methods, without biases; ``{x}`` stands for what is read: ``{x} W_down W_up``.
+    formula: ClassVar[str] = ""
+
+    def as_text(self, x: str) -> str:
+        """The change dh as text, ``x`` being what is read: :attr:`formula`, as this form's options have it."""
+        return (self.formula or f"{type(self).__name__}({{x}})").format(x=x)
+
+    def factor(self) -> str:
+        """What multiplies dh, as text: its gate, and the number ``scale`` or ``s`` where that is trained."""
+        scale = getattr(self, "scale", 1.0)
+        own = "s" if isinstance(scale, Tensor) else "" if scale == 1.0 else f"{scale:g}"
+        return f"G {own}".strip() if self.gated_by else own
 
     def stored(self) -> Form | None:
         """The form to write to a file: by default itself; a reparameterised form returns its flat equal.
@@ -212,6 +224,10 @@ class Tap(ABC):
                 if self.control.acts(layer, form.training):
                     yield name, form, weight
 
+    def scales(self, form: Form) -> bool:
+        """Whether the change of ``form`` can have a weight other than one."""
+        return self.weighted
+
     @property
     def installed(self) -> bool:
         """Whether the model's modules know of this tap at present."""
@@ -237,6 +253,17 @@ class Site(ABC):
     insertion: ClassVar[Insertion]
     #: Whether a gate can scale the changes here.
     gateable: ClassVar[bool] = False
+    #: What forms read here, as formulas name it: x, the input of what is changed; h, the result itself.
+    reads: ClassVar[str] = "x"
+
+    @property
+    def modified(self) -> str:
+        """What is changed, in words."""
+        return self.part.key if self.part.role == "module" else self.part.role
+
+    def combination(self, factor: str) -> str:
+        """How dh is combined with what it changes, as text; ``factor`` is that of the form."""
+        return f"h + {factor} dh" if factor else "h + dh"
 
     @property
     def key(self) -> str:

@@ -88,6 +88,15 @@ class TokenSite(Site):
         return f"{super().identity} behind {self.tokens.embeddings}" if self.tokens.embeddings else super().identity
 
     @property
+    def modified(self) -> str:
+        """What the stack reads."""
+        return "embedded input"
+
+    def combination(self, factor: str) -> str:
+        """Rows in front."""
+        return "[dh; h]"
+
+    @property
     def sees_padding(self) -> bool:
         """Whether the padding mask is known where the rows are made; images and the like have no padding."""
         return self.tokens.embeddings is None or self.embeddings is None

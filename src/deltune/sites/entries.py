@@ -60,6 +60,8 @@ class EntriesForm(Form):
         relative: whether the values are differences from what the model has there, and not what stands there itself.
     """
 
+    formula: ClassVar[str] = "{x} - theta_0 in k entries"
+
     saved_buffers = ("indices",)
 
     def __init__(self, site: EntriesSite, indices: Tensor, values: Tensor, relative: bool = False) -> None:
@@ -135,6 +137,16 @@ class EntriesSite(Site):
     device: torch.device
 
     insertion: ClassVar[Insertion] = Insertion.SELECT
+    reads: ClassVar[str] = "theta"
+
+    @property
+    def modified(self) -> str:
+        """Some entries of some parameters."""
+        return "entries of parameters"
+
+    def combination(self, factor: str) -> str:
+        """As that of whole parameters."""
+        return "theta_0 + dh"
 
     @property
     def key(self) -> str:

@@ -35,6 +35,12 @@ class LayerSite(Site):
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
     gateable: ClassVar[bool] = True
+    reads: ClassVar[str] = "h"
+
+    @property
+    def modified(self) -> str:
+        """The layer's result."""
+        return "layer result"
 
     @property
     def identity(self) -> str:
@@ -61,6 +67,12 @@ class NormedSumSite(Site):
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
     gateable: ClassVar[bool] = True
+    reads: ClassVar[str] = "LN(h)"
+
+    @property
+    def modified(self) -> str:
+        """The sum in front of the norm."""
+        return f"{super().modified} result + stream"
 
     @property
     def identity(self) -> str:

@@ -62,6 +62,11 @@ class MaskSite(WeightSite):
     calls: tuple[str, ...] = ("",)
 
     insertion: ClassVar[Insertion] = Insertion.SELECT
+    reads: ClassVar[str] = "W"
+
+    def combination(self, factor: str) -> str:
+        """The masked matrix takes the matrix's place."""
+        return "W o dh"
 
     def tap(self, control: Control) -> MaskTap:
         """A tap on the matrix."""

@@ -61,6 +61,11 @@ class ParallelSite(Site):
     gateable: ClassVar[bool] = True
 
     @property
+    def modified(self) -> str:
+        """The sublayer's result, or the joined heads."""
+        return f"{super().modified} {'result' if self.side == 'output' else 'heads, joined'}"
+
+    @property
     def identity(self) -> str:
         """Forms share a tap that read the same and change the same."""
         return f"{super().identity} from {self.reader} to {self.changed} {self.side}"

@@ -36,6 +36,13 @@ class ParameterSite:
     zeros: tuple[int, ...] | None = None
 
     insertion: ClassVar[Insertion] = Insertion.SELECT
+    reads: ClassVar[str] = "theta"
+    #: The change as text, as forms have it for other sites.
+    formula: ClassVar[str] = "theta - theta_0"
+
+    def combination(self, factor: str = "") -> str:
+        """What trains stands in the place of theta_0."""
+        return "theta_0 + dh"
 
     @property
     def key(self) -> str:

@@ -54,6 +54,15 @@ class PseudoTokenSite(Site):
     insertion: ClassVar[Insertion] = Insertion.TOKENS
 
     @property
+    def modified(self) -> str:
+        """What the stack reads."""
+        return "embedded input"
+
+    def combination(self, factor: str) -> str:
+        """Rows of their own among the others."""
+        return "[.., dh, .., h]"
+
+    @property
     def identity(self) -> str:
         """Apart from that of a :class:`TokenSite` of the same stack."""
         return f"{self.insertion.value}:pseudo:{self.key}"

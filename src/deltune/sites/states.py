@@ -86,6 +86,16 @@ class StatesSite(Site):
     device: torch.device
 
     insertion: ClassVar[Insertion] = Insertion.REPLACE
+    reads: ClassVar[str] = "h_1 .. h_L"
+
+    @property
+    def modified(self) -> str:
+        """What the stack hands on."""
+        return "last hidden state"
+
+    def combination(self, factor: str) -> str:
+        """The new state itself."""
+        return "dh"
 
     @property
     def hidden_size(self) -> int:

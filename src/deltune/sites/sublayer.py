@@ -42,6 +42,12 @@ class SublayerSite(Site):
 
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
     gateable: ClassVar[bool] = True
+    reads: ClassVar[str] = "h"
+
+    @property
+    def modified(self) -> str:
+        """The sublayer's result."""
+        return f"{super().modified} result"
 
     @property
     def result(self) -> str:

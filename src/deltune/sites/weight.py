@@ -140,6 +140,16 @@ class WeightSite(Site):
     def _whole(self, stored: Tensor) -> Tensor:
         return stored.flatten(1) if self.kind == "convolution" else stored.T if self.transposed else stored
 
+    def in_weight(self, change: Tensor, shape: Sequence[int]) -> Tensor:
+        """A change of the site's own rows (rows, in) as one of the whole stored weight of ``shape``, else zero."""
+        weight = torch.zeros(tuple(shape), dtype=change.dtype, device=change.device)
+        matrix = self._whole(weight)
+        if self.rows is None:
+            matrix.copy_(change)
+        else:
+            self.rows.view(matrix, 0).copy_(self.rows.split(change, 0))
+        return weight
+
     def tap(self, control: Control) -> Tap:
         """A tap that adds the change to the module's output."""
         kinds = {"linear": WeightTap, "embedding": EmbeddingTap, "convolution": ConvolutionTap}

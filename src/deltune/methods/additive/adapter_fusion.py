@@ -44,6 +44,8 @@ class FusedAdapters(SublayerForm, ParallelForm, LayerForm):
         device: where they are.
     """
 
+    formula: ClassVar[str] = "sum_t softmax_t(q . k_t) A_t({x}) W_v"
+
     #: (N,) boolean: which adapters take part.
     kept: Tensor
 
@@ -97,6 +99,10 @@ class FusedAdapters(SublayerForm, ParallelForm, LayerForm):
             keys = F.linear(changes.to(wide), self.key.weight.to(wide), self.key.bias.to(wide))
             scores = (keys @ query[..., None])[..., 0]
             return F.softmax(F.dropout(scores, self.dropout, self.training) / self.temperature, dim=-1)
+
+    def as_text(self, x: str) -> str:
+        """Without W_v where there is none."""
+        return super().as_text(x) if self.value is not None else super().as_text(x).removesuffix(" W_v")
 
     def forward(self, h: Tensor) -> Tensor:
         """The change (..., d) for h (..., d)."""
@@ -187,6 +193,7 @@ class AdapterFusion(Method):
     name: ClassVar[str] = "adapter-fusion"
     branch: ClassVar[str] = "additive"
     insertion: ClassVar[Insertion] = Insertion.SEQUENTIAL
+    specimen: ClassVar[str] = "adapters='pfeiffer-adapter, pfeiffer-adapter'"
     paper: ClassVar[Paper] = Paper(
         "Pfeiffer et al.",
         "AdapterFusion: Non-Destructive Task Composition for Transfer Learning",

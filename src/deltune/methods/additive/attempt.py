@@ -56,6 +56,8 @@ class InstancePrompt(ReadingTokenForm):
         pool_padding: whether x covers padding too.
     """
 
+    formula: ClassVar[str] = "P + sum_j a_j(h) P_j"
+
     sources: Tensor
 
     def __init__(self, rows: Tensor, sources: Tensor, width: int, temperature: float, pool_padding: bool) -> None:

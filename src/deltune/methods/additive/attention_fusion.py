@@ -76,6 +76,17 @@ class LayerAttention(StatesForm):
             nn.init.zeros_(linear.bias)
         self.weight = nn.Parameter(torch.zeros((), **kind)) if residual else None
 
+    def as_text(self, x: str) -> str:
+        """With the scores and values that it has."""
+        score = {
+            "query": "q . h_l",
+            "projected": "q . (K h_l)",
+            "layer": "s_l",
+            "last-layer": "(W h_L) . h_l",
+        }[self.scores]
+        fused = f"sum_l softmax_l({score}) {'V h_l' if self.scores == 'projected' else 'h_l'}"
+        return fused if self.weight is None else f"h_L + w {fused}"
+
     def layers(self, states: StackStates) -> list[Tensor]:
         """The L states that are mixed, each (B, T, d): the outputs of the layers, the last one being final."""
         chosen = [*states.hidden[0 if self.embeddings else 1 : -1], states.final]

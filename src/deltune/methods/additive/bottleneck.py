@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,8 @@ class Bottleneck(SublayerForm, ParallelForm, LayerForm):
         device: where they are.
     """
 
+    formula: ClassVar[str] = "phi({x} W_down) W_up"
+
     scale: float | nn.Parameter
 
     def __init__(
@@ -77,7 +79,7 @@ class Bottleneck(SublayerForm, ParallelForm, LayerForm):
         self.norm = nn.LayerNorm(features, **made) if layer_norm else None
         self.down = nn.Linear(features, width, **made)
         self.up = nn.Linear(width, changed, **made)
-        self.activation = ACT2FN[activation].to(**made)
+        self.activation, self.activation_name = ACT2FN[activation].to(**made), activation
         self.dropout = dropout
         if isinstance(scale, str):
             shape = (changed,) if scale == "channel" else ()
@@ -97,6 +99,10 @@ class Bottleneck(SublayerForm, ParallelForm, LayerForm):
         if initialization == "kaiming":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
             nn.init.zeros_(self.up.weight)
+
+    def as_text(self, x: str) -> str:
+        """With the name of phi, and LN where there is one."""
+        return super().as_text(f"LN({x})" if self.norm is not None else x).replace("phi", self.activation_name, 1)
 
     def forward(self, h: Tensor) -> Tensor:
         """The change (..., e) for h (..., d)."""

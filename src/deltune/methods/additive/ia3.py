@@ -29,11 +29,16 @@ class OutputScale(WeightForm):
     l is one at the start.
     """
 
+    formula: ClassVar[str] = "(l - 1) * W {x}"
     reads_matrix: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(site.out_features, dtype=site.dtype, device=site.device))
+
+    def factor(self) -> str:
+        """None beside the formula's l."""
+        return ""
 
     def forward(self, output: Tensor) -> Tensor:
         """The change dh (..., d_out) of the frozen map's output (..., d_out)."""
@@ -63,11 +68,16 @@ class InputScale(WeightForm):
     l is one at the start.
     """
 
+    formula: ClassVar[str] = "W ((l - 1) * {x})"
     reads_matrix: ClassVar[bool] = True
 
     def __init__(self, site: WeightSite) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(site.in_features, dtype=site.dtype, device=site.device))
+
+    def factor(self) -> str:
+        """None beside the formula's l."""
+        return ""
 
     def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The change dh (..., d_out) for x (..., d_in)."""

@@ -37,6 +37,8 @@ class MultitaskPrompt(ReadingTokenForm):
         rank: r.
     """
 
+    formula: ClassVar[str] = "P o (u_k v_k)"
+
     def __init__(self, rows: Tensor, tasks: Sequence[str], task: str, rank: int) -> None:
         super().__init__()
         self.length = rows.shape[0]

@@ -71,6 +71,8 @@ class BidirectionalLSTM(nn.Module):
 class PseudoTokens(TokenForm):
     """Embeddings of P pseudo tokens as plain parameters, (P, d), standard normal at the start."""
 
+    formula: ClassVar[str] = "P"
+
     def __init__(self, length: int, features: int, dtype: torch.dtype, device: torch.device | None = None) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.randn(length, features, dtype=dtype, device=device))
@@ -96,6 +98,8 @@ class PromptEncoder(TokenForm):
         device: of the parameters.
     """
 
+    formula: ClassVar[str] = "relu(LSTM(P') W_1) W_2"
+
     def __init__(
         self,
         length: int,
@@ -114,6 +118,10 @@ class PromptEncoder(TokenForm):
                 self.lstm.append(BidirectionalLSTM(inside, lstm_width, dtype, device))
         self.inner = nn.Linear(2 * lstm_width if lstm_width else width, width, dtype=dtype, device=device)
         self.outer = nn.Linear(width, features, dtype=dtype, device=device)
+
+    def as_text(self, x: str) -> str:
+        """Without LSTM where there is none."""
+        return super().as_text(x) if len(self.lstm) else super().as_text(x).replace("LSTM(P')", "P'")
 
     def forward(self) -> Tensor:
         """The rows, (P, d)."""

@@ -71,8 +71,8 @@ class ParallelAdapter(BottleneckMethod):
         is what the sublayer itself reads; ``reads=stream`` is the authors'. Where norms come after the sublayers, both
         are the same. Nor does the formula say that attention is changed before W_o; there the default is that of the
         code (``attention_changes``). The code forces a norm, a scale of 1 and normal weights on adapters beside
-        attention; here these are ordinary options. Adapters for each head apart are not offered. The learning rates
-        of the authors' scripts are 5e-5, with up to 100,000 steps, and 1e-4; the default is above them.
+        attention; here these are ordinary options. Adapters for each head apart are ``head-adapter``. The learning
+        rates of the authors' scripts are 5e-5, with up to 100,000 steps, and 1e-4; the default is above them.
 
     Source:
         He et al. 2022, arXiv 2110.04366, sections 3.3 and 4.5; authors' code: jxhe/unify-parameter-efficient-tuning.

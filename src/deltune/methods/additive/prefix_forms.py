@@ -7,6 +7,7 @@ network.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,8 @@ def split_prefixes(table: Tensor, heads: int, head_dim: int) -> list[tuple[Tenso
 
 class Prefix(KeyValueForm):
     """Keys and values as plain parameters, each (K, P, D), standard normal at the start."""
+
+    formula: ClassVar[str] = "softmax({x} W_q P_k^T) P_v"
 
     def __init__(
         self,
@@ -111,6 +114,8 @@ class ReparameterizedPrefix(KeyValueForm):
     The paper's last linear map serves all layers at once; here each layer owns its rows of it, which is the
     same map.
     """
+
+    formula: ClassVar[str] = "softmax({x} W_q P_k^T) P_v, P = tanh(P' W_1) W_2"
 
     def __init__(
         self,

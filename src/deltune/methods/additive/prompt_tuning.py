@@ -29,6 +29,8 @@ class Prompt(TokenForm):
         rows: their initial values.
     """
 
+    formula: ClassVar[str] = "P"
+
     def __init__(self, rows: Tensor) -> None:
         super().__init__()
         self.rows = nn.Parameter(rows.detach().clone())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import uuid
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class SideNetwork(StatesForm):
         dtype: type of the parameters.
         device: where they are.
     """
+
+    formula: ClassVar[str] = "U norm(s_L), s_i = Block_i(g_i s_(i-1) + (1 - g_i) D_i h_i)"
 
     def __init__(
         self,

@@ -5,6 +5,8 @@ Letters: B batch, b rows of it, T positions, d features of what a gate reads, k 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ class InputGate(GateForm):
         Mao et al. 2022, arXiv 2110.07577, section 3.2.
     """
 
+    formula: ClassVar[str] = "mean_t sigmoid(w {x} + b)"
+
     def __init__(
         self, features: int, pooling: Pooling, dtype: torch.dtype = torch.float32, device: torch.device | None = None
     ) -> None:
@@ -47,6 +51,8 @@ class InputGate(GateForm):
 
 class ScalarGate(GateForm):
     """G = sigmoid(a) with one trained number a, 0 at the start, whatever is read."""
+
+    formula: ClassVar[str] = "sigmoid(a)"
 
     def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> None:
         super().__init__("token")
@@ -77,6 +83,8 @@ class CentralGate(GateForm):
     Source:
         authors' code of Mao et al. 2022: morningmoni/UniPELT.
     """
+
+    formula: ClassVar[str] = "softmax over parts of mean_t relu(W {x} + c)"
 
     def __init__(
         self,

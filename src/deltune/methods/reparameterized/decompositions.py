@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,8 @@ class CP(Decomposition):
         dtype, device: of the parameters.
     """
 
+    formula: ClassVar[str] = "U diag(lambda o P_i) V"
+
     def __init__(
         self,
         shape: Sequence[int],
@@ -163,6 +165,8 @@ class CP(Decomposition):
 class UV(CP):
     """Plain factors of one matrix, V U^T: U (d_in, r), V (d_out, r), V zero at the start."""
 
+    formula: ClassVar[str] = "U V"
+
     def __init__(self, shape: tuple[int, int], rank: int, **place: Any) -> None:
         super().__init__(shape, rank, **place)
 
@@ -172,6 +176,8 @@ class SVD(CP):
 
     At the start U and V have orthonormal columns, where the rank allows it, and lambda (``scales``) is zero.
     """
+
+    formula: ClassVar[str] = "U diag(lambda) V"
 
     def __init__(self, shape: tuple[int, int], rank: int, **place: Any) -> None:
         super().__init__(shape, rank, scaled=True, **place)
@@ -195,6 +201,8 @@ class Tucker(Decomposition):
         ranks: R1, R2 and R3, or one number for all.
         dtype, device: of the parameters.
     """
+
+    formula: ClassVar[str] = "U (C P_i) V"
 
     def __init__(
         self,
@@ -229,6 +237,8 @@ class TensorTrain(Decomposition):
         rank: r.
         dtype, device: of the parameters.
     """
+
+    formula: ClassVar[str] = "U S_i V"
 
     def __init__(
         self,
@@ -279,6 +289,10 @@ class SharedSlice(WeightForm):
         self.index = index
         self.scale, self.dropout = scale, dropout
         self.along_input, self.transposed = along_input, transposed
+
+    def as_text(self, x: str) -> str:
+        """A slice i of the shared factors."""
+        return f"{x} {self._shared[0].as_text(x)}"
 
     @property
     def decomposition(self) -> Decomposition:

@@ -40,6 +40,8 @@ class DynamicLowRank(LowRank):
         frozen: whether a step trains component b alone, and not all of the first b.
     """
 
+    formula: ClassVar[str] = "{x} W_down[:, :b] W_up[:b]"
+
     steps: Tensor
 
     def __init__(self, site: WeightSite, rank: int, alpha: float, dropout: float = 0.0, frozen: bool = True) -> None:

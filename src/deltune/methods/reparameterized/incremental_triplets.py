@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ class IncrementalTriplets(LowRank):
         reserves: how many are in reserve at a time.
         dropout: probability of zeroing an entry of x while training.
     """
+
+    formula: ClassVar[str] = "{x} A diag(lambda) B"
 
     sensitivity: Tensor
     uncertainty: Tensor

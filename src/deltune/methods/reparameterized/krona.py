@@ -53,6 +53,8 @@ class Kronecker(Form):
         device: where they are.
     """
 
+    formula: ClassVar[str] = "{x} (A kron B)"
+
     def __init__(
         self,
         shape: tuple[int, int],
@@ -84,6 +86,14 @@ class KroneckerBlock(Kronecker, ParallelForm):
     def __init__(self, shape: tuple[int, int], other: tuple[int, int], residual: bool = False, **options: Any) -> None:
         super().__init__(shape, other, **options)
         self.residual = nn.Parameter(torch.ones_like(self.A[0, 0])) if residual else None
+
+    def as_text(self, x: str) -> str:
+        """With what ``residual`` adds."""
+        return super().as_text(x) if self.residual is None else f"s {super().as_text(x)} + s_res {x}"
+
+    def factor(self) -> str:
+        """The scale, which is none of the ``residual``."""
+        return super().factor() if self.residual is None else ""
 
     def forward(self, x: Tensor) -> Tensor:
         """The change dh (..., d) for x (..., d)."""

@@ -49,6 +49,8 @@ class LowRank(WeightForm):
         own = all(getattr(cls, name) is getattr(LowRank, name) for name in ("forward", "add_to", "_thin"))
         cls._stackable = own and not cls.reads_matrix
 
+    formula: ClassVar[str] = "{x} W_down W_up"
+
     def __init__(self, site: WeightSite, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, site.in_features, dtype=site.dtype, device=site.device))
@@ -159,6 +161,8 @@ class PrincipalLowRank(LowRank):
         Meng et al. 2024, arXiv 2404.02948, section 3.
     """
 
+    formula: ClassVar[str] = "{x} (W_down W_up - W_down0 W_up0)"
+
     A0: Tensor
     B0: Tensor
 
@@ -199,7 +203,13 @@ class DecomposedLowRank(LowRank):
         Liu et al. 2024, arXiv 2402.09353, equations 5 and 11.
     """
 
+    formula: ClassVar[str] = "{x} ((W + s W_down W_up) m / n - W)"
+
     reads_matrix: ClassVar[bool] = True
+
+    def factor(self) -> str:
+        """None: the scale acts within the norm."""
+        return ""
 
     def __init__(self, site: WeightSite, matrix: Tensor, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(site, rank, scale, dropout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,8 @@ class SingularTriplets(LowRank):
         whole: the rank at which a low-rank change has this scale in files.
         dropout: probability of zeroing an entry of x while training.
     """
+
+    formula: ClassVar[str] = "{x} Q diag(lambda) P"
 
     kept: Tensor
 

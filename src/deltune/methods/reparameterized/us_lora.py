@@ -41,6 +41,8 @@ class SearchedLowRank(Candidates, LowRank):
         dropout: as for :class:`LowRank`.
     """
 
+    formula: ClassVar[str] = "{x} W_down diag(kept) W_up"
+
     def __init__(self, site: WeightSite, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(site, rank, scale, dropout)
         nn.init.normal_(self.A, std=site.in_features**-0.5)

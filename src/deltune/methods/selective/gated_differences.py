@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class GatedDifferences(EntriesForm):
             otherwise those of entries and of tensors are added.
         seed: of the draws.
     """
+
+    formula: ClassVar[str] = "z z_g w"
 
     w: nn.Parameter | None
     alpha: nn.Parameter | None

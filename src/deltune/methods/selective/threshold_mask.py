@@ -56,6 +56,8 @@ class ScoredMask(MaskForm):
         threshold: tau.
     """
 
+    formula: ClassVar[str] = "S > tau"
+
     def __init__(self, site: MaskSite, scores: Tensor, threshold: float) -> None:
         super().__init__()
         self.key = site.key
@@ -91,6 +93,8 @@ class PackedMask(MaskForm):
         key: of the matrix, for messages.
         kept: the mask, (d_out, d_in), boolean.
     """
+
+    formula: ClassVar[str] = "M"
 
     saved_buffers = ("bits",)
     bits: Tensor

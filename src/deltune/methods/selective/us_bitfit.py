@@ -43,6 +43,8 @@ class SearchedBiases(Candidates, SelectionForm):
         kept: the entries that are kept from the beginning: their number K, filled from a file, or where they are.
     """
 
+    formula: ClassVar[str] = "{x} - theta_0 in K entries"
+
     def __init__(self, structured: bool, kept: int | Tensor | None = None) -> None:
         super().__init__()
         self.structured = structured
