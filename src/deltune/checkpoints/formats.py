@@ -36,6 +36,7 @@ __all__ = ["FORMATS", "Format", "Saved", "format_named", "recognised"]
 FORMATS = {
     "deltune": "deltune.checkpoints.native:Native",
     "peft": "deltune.checkpoints.peft:PEFT",
+    "adapterhub": "deltune.checkpoints.adapterhub:AdapterHub",
 }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -81,6 +81,11 @@ class TokenSite(Site):
     device: torch.device
 
     insertion: ClassVar[Insertion] = Insertion.TOKENS
+
+    @property
+    def identity(self) -> str:
+        """Rows in front of the embedding module share no tap with rows behind it."""
+        return f"{super().identity} behind {self.tokens.embeddings}" if self.tokens.embeddings else super().identity
 
     @property
     def modified(self) -> str:
@@ -157,11 +162,19 @@ class TokenTap(Tap):
         return joined
 
 
-def token_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[TokenSite, ...]:
+def token_sites(model: nn.Module, anatomy: Anatomy, targets: Targets, *, behind: bool = False) -> tuple[TokenSite, ...]:
     """The inputs of the stacks that ``targets`` selects (role ``embeddings``).
 
+    Args:
+        model: the model.
+        anatomy: its parts.
+        targets: which.
+        behind: put the rows behind the module that embeds tokens, their positions and segments, and normalises them:
+            then they are what the first layer reads, and take no position.
+
     Raises:
-        TargetError: if a target selects nothing, or a stack whose input cannot be widened.
+        TargetError: if a target selects nothing, a stack whose input cannot be widened, or with ``behind`` one that
+            has no such module.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     sites = []
@@ -173,8 +186,27 @@ def token_sites(model: nn.Module, anatomy: Anatomy, targets: Targets) -> tuple[T
                 + (", ".join(name for name, other in anatomy.stacks.items() if other.tokens) or "none")
                 + "."
             )
-        sites.append(_site(part, stack, stack.tokens, modules))
+        tokens = _behind(part, stack.tokens, modules, anatomy) if behind else stack.tokens
+        sites.append(_site(part, stack, tokens, modules))
     return tuple(sites)
+
+
+def _behind(part: Part, tokens: TokenEntry, modules: Mapping[str, nn.Module], anatomy: Anatomy) -> TokenEntry:
+    """``tokens`` with rows that enter behind the module that holds the table of embeddings.
+
+    Raises:
+        TargetError: if the table stands by itself.
+    """
+    if tokens.embeddings is not None:
+        return tokens
+    module = part.module.rpartition(".")[0]
+    inside = module.startswith(f"{tokens.entry}.") if tokens.entry else bool(module)
+    if not inside or module == tokens.entry or not isinstance(modules[part.module], nn.Embedding):
+        raise TargetError(
+            f"In {anatomy.family} no module embeds tokens and positions together ({part.module} stands by itself), so "
+            "rows cannot enter behind it. Leave behind_embeddings out."
+        )
+    return replace(tokens, embeddings=module)
 
 
 def _site(part: Part, stack: Stack, tokens: TokenEntry, modules: Mapping[str, nn.Module]) -> TokenSite:

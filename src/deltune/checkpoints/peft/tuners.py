@@ -20,9 +20,10 @@ from deltune.checkpoints.peft.prompts import prefix_method, prefix_sites, prefix
 from deltune.errors import CheckpointError
 from deltune.methods.additive.ia3 import InputScale, OutputScale
 from deltune.methods.additive.prefix_forms import Prefix, joined_prefixes
+from deltune.methods.additive.prompt_rows import first_stack
 from deltune.methods.reparameterized.krona import KroneckerWeight
 from deltune.methods.reparameterized.low_rank import DecomposedLowRank, LowRank
-from deltune.sites import Form, PositionShift, Site, WeightSite
+from deltune.sites import Form, PositionShift, Site, TokenSite, WeightSite, token_sites
 
 __all__ = ["Placed", "Written", "write_ia3", "write_lokr", "write_lora", "write_prefix", "write_rows"]
 
@@ -283,6 +284,12 @@ def write_rows(placed: list[Placed], model: nn.Module, anatomy: Anatomy) -> Writ
     if len(placed) != 1:
         raise CheckpointError("A prompt of peft is in front of one stack. Save with format='deltune'.")
     (item,) = placed
+    (usual,) = token_sites(model, anatomy, first_stack(anatomy))
+    if isinstance(item.site, TokenSite) and item.site.identity != usual.identity:
+        raise CheckpointError(
+            "A prompt of peft has positions, like text, and is in front of the first stack; this one is not "
+            "(behind_embeddings or targets). Save with format='deltune'."
+        )
     rows = item.form.get_parameter("rows").detach()
     submodules = 2 if len(anatomy.stacks) > 1 else 1
     # peft stores as many rows again for the decoder and never reads them

@@ -107,8 +107,12 @@ class PromptMethod(Method):
             MethodError: if the rows cannot be made for this model.
             CheckpointError: if a folder holds no prompt, or one of another model.
         """
-        for site in token_sites(model, anatomy, self.targets or first_stack(anatomy)):
+        for site in self.input_sites(model, anatomy):
             yield site, self._rows(model, site)
+
+    def input_sites(self, model: nn.Module, anatomy: Anatomy) -> tuple[TokenSite, ...]:
+        """The inputs that the prompt stands in front of."""
+        return token_sites(model, anatomy, self.targets or first_stack(anatomy))
 
     def saved_rows(self, model: nn.Module, site: TokenSite, folder: str) -> Tensor:
         """The prompt in a folder, (P, d), for this site.

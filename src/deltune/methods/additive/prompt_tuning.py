@@ -12,10 +12,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from deltune.backbone import Anatomy
+from deltune.methods.additive.prompt_rows import first_stack
 from deltune.methods.additive.prompt_start import PromptMethod
 from deltune.methods.base import Paper, Placement
+from deltune.methods.options import option
 from deltune.methods.registry import register
-from deltune.sites import Insertion, TokenForm
+from deltune.sites import Insertion, TokenForm, TokenSite, token_sites
 
 __all__ = ["Prompt", "PromptTuning"]
 
@@ -92,9 +94,17 @@ class PromptTuning(PromptMethod):
         of the target task after a short training, the sources are weighted by the cosine of the means of their rows,
         negative ones by zero; their second measure, over all pairs of rows, is not offered.
 
+        ``behind_embeddings`` is what adapter-hub/adapters does in encoders such as BERT: the rows are what the first
+        layer reads, without positions and norm, and the text keeps its positions. Rows from the vocabulary or from text
+        are still those of the table.
+
     Source:
         Lester et al. 2021, arXiv 2104.08691, section 2; authors' code: google-research/prompt-tuning.
     """
+
+    behind_embeddings: bool = option(
+        False, "put the rows behind the embedding of positions and its norm, where a model has such a module (BERT)"
+    )
 
     name: ClassVar[str] = "prompt-tuning"
     branch: ClassVar[str] = "additive"
@@ -104,6 +114,11 @@ class PromptTuning(PromptMethod):
     )
     learning_rate: ClassVar[float] = 5e-2
     unchanged_at_start: ClassVar[bool] = False
+
+    def input_sites(self, model: nn.Module, anatomy: Anatomy) -> tuple[TokenSite, ...]:
+        """The inputs that the prompt stands in front of, or behind whose embedding it stands."""
+        targets = self.targets or first_stack(anatomy)
+        return token_sites(model, anatomy, targets, behind=self.behind_embeddings)
 
     def place(self, model: nn.Module, anatomy: Anatomy) -> Iterator[Placement]:
         """Rows for the input of every selected stack."""
