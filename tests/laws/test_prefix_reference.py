@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import deltune
-from deltune.sites import attention as attention_site
+from deltune.sites.added_keys import AddedKeys
 from tests.laws.cases import Case, take_steps
 from tests.laws.gate_form import naive_attention, prefixes_of
 from tests.zoo import ARCHITECTURES, Architecture
@@ -258,16 +258,16 @@ def test_an_invisible_prefix_is_the_frozen_model(
     tuned = case.attach(case.build(attn_implementation=implementation), train_head=False)
     batch = case.batch(padding="right")
     real = case.architecture.real(batch)
-    widened = attention_site._widened
+    widened = AddedKeys.widened
 
-    def hidden(mask: Tensor, added: Any) -> Tensor:
+    def hidden(added: AddedKeys, mask: Tensor) -> Tensor:
         rows, _, count, _ = added.keys.shape
-        return widened(mask, replace(added, visible=torch.zeros(rows, 1, 1, count, dtype=torch.bool)))
+        return widened(replace(added, visible=torch.zeros(rows, 1, 1, count, dtype=torch.bool)), mask)
 
     with tuned.disabled():
         bare = case.output(tuned.model, batch)[real]
     assert (case.output(tuned.model, batch)[real] - bare).abs().max() > 1e-3
-    monkeypatch.setattr(attention_site, "_widened", hidden)
+    monkeypatch.setattr(AddedKeys, "widened", hidden)
     # not bit for bit: kernels add longer rows in another order
     # in float32 the kernel sums in another order: 2.4e-6 was the most
     assert (case.output(tuned.model, batch)[real] - bare).abs().max() <= 5e-6 * float(bare.abs().max())
