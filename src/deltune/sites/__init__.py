@@ -9,12 +9,12 @@ from deltune.sites.base import Control, Form, Insertion, Site, Tap
 from deltune.sites.embedding import ReadingTokenForm, TokenForm, TokenSite, token_sites
 from deltune.sites.entries import EntriesForm, EntriesSite, Piece, entries_below, entries_site
 from deltune.sites.gate import GateForm, GateSite, Pooling, causal_at, gate_site
+from deltune.sites.grouped import GroupableForm, GroupedForms
 from deltune.sites.layer import LayerForm, LayerSite, NormedSumSite, layer_sites, residual_sum_sites
 from deltune.sites.mask import MaskForm, MaskSite, mask_sites
 from deltune.sites.parallel import ParallelForm, ParallelSite, parallel_sites
 from deltune.sites.parameter import ParameterSite, Selection, SelectionForm, parameter_modules
 from deltune.sites.pseudo_tokens import PseudoTokenSite, pseudo_token_sites
-from deltune.sites.stacked import StackableForm, StackedForms
 from deltune.sites.states import StackStates, StatesForm, StatesSite, states_sites
 from deltune.sites.sublayer import SublayerForm, SublayerSite, sublayer_sites
 from deltune.sites.weight import WeightForm, WeightSite, weight_sites
@@ -26,6 +26,8 @@ __all__ = [
     "Form",
     "GateForm",
     "GateSite",
+    "GroupableForm",
+    "GroupedForms",
     "HeadForm",
     "HeadSite",
     "Insertion",
@@ -49,8 +51,6 @@ __all__ = [
     "SelectionForm",
     "Site",
     "StackStates",
-    "StackableForm",
-    "StackedForms",
     "StatesForm",
     "StatesSite",
     "SublayerForm",

@@ -19,7 +19,7 @@ from deltune.backbone.matrices import matrix_shape
 from deltune.errors import StateError, TargetError
 from deltune.quantization import dense_weight, is_quantized
 from deltune.sites.base import Control, Form, Insertion, Site, Tap, gated, rows_of, weighted, with_change
-from deltune.sites.stacked import Group, StackableForm, Together, blocks_for, in_blocks
+from deltune.sites.grouped import Group, GroupableForm, Together, blocks_for, in_blocks
 
 __all__ = ["Kind", "WeightForm", "WeightSite", "weight_sites"]
 
@@ -29,7 +29,7 @@ Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _KINDS: dict[Kind, str] = {"linear": "linear map", "embedding": "table of embeddings", "convolution": "convolution"}
 
 
-class WeightForm(StackableForm):
+class WeightForm(GroupableForm):
     """A change of a matrix. ``forward`` maps the matrix's input (..., in) to dh (..., rows).
 
     Embeddings and convolutions are matrices too: the input of an embedding is the vocabulary, that of a convolution

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltune.backbone import PROJECTION_ROLES, Anatomy, Targets
 from deltune.errors import MethodError
 from deltune.methods.reparameterized.decompositions import truncated_svd
-from deltune.methods.reparameterized.stacked_low_rank import StackedLowRank
+from deltune.methods.reparameterized.grouped_low_rank import GroupedLowRank
 from deltune.sites import WeightForm, WeightSite
 
 __all__ = ["DecomposedLowRank", "LowRank", "PrincipalLowRank", "RankPattern", "checked_rank", "low_rank_of"]
@@ -41,13 +41,13 @@ class LowRank(WeightForm):
         dropout: probability of zeroing an entry of x while training; the frozen product is not touched.
     """
 
-    #: Whether it computes nothing but what :class:`StackedLowRank` computes of its factors.
-    _stackable: ClassVar[bool] = True
+    #: Whether it computes nothing but what :class:`GroupedLowRank` computes of its factors.
+    _groupable: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = all(getattr(cls, name) is getattr(LowRank, name) for name in ("forward", "add_to", "_thin"))
-        cls._stackable = own and not cls.reads_matrix
+        cls._groupable = own and not cls.reads_matrix
 
     formula: ClassVar[str] = "{x} W_down W_up"
 
@@ -98,17 +98,17 @@ class LowRank(WeightForm):
         )
         return flat.view_as(output)
 
-    def stacks_with(self) -> Hashable | None:
+    def groups_with(self) -> Hashable | None:
         """Type and dropout, and ranks up to the same power of two: lower ones are filled up with zeros."""
-        if not self._stackable:
+        if not self._groupable:
             return None
         return LowRank, self.A.dtype, self.dropout if self.training else 0.0, (self.A.shape[0] - 1).bit_length()
 
     @classmethod
-    def stack(cls, forms: Sequence[LowRank], dtype: torch.dtype) -> StackedLowRank:
+    def stack(cls, forms: Sequence[LowRank], dtype: torch.dtype) -> GroupedLowRank:
         """Several of them, in two batched products."""
         dropout = forms[0].dropout if forms[0].training else 0.0
-        return StackedLowRank.of([form.factors() for form in forms], [form.scale for form in forms], dropout, dtype)
+        return GroupedLowRank.of([form.factors() for form in forms], [form.scale for form in forms], dropout, dtype)
 
     @classmethod
     def state(cls, forms: Sequence[LowRank]) -> Hashable | None:

@@ -16,10 +16,10 @@ from torch import Tensor
 from deltune.sites.base import Form, Tap
 from deltune.sites.routed_rows import Blocks, RoutedRows
 
-__all__ = ["Group", "Plan", "StackableForm", "StackedForms", "Together", "blocks_for", "in_blocks"]
+__all__ = ["Group", "GroupableForm", "GroupedForms", "Plan", "Together", "blocks_for", "in_blocks"]
 
 
-class StackedForms(ABC):
+class GroupedForms(ABC):
     """G forms with their values stacked, that map blocks of rows, the i-th block with the i-th form.
 
     Attributes:
@@ -41,16 +41,16 @@ class StackedForms(ABC):
         return output + self.change(x).to(output.dtype)
 
 
-class StackableForm(Form):
+class GroupableForm(Form):
     """A form that may say how several of its kind are computed together; by default each is computed alone."""
 
-    def stacks_with(self) -> Hashable | None:
+    def groups_with(self) -> Hashable | None:
         """What forms at one site share that :meth:`stack` computes together; None for alone."""
         return None
 
     @classmethod
-    def stack(cls, forms: Sequence[Self], dtype: torch.dtype) -> StackedForms:
-        """Forms that agree in :meth:`stacks_with`, to be computed together for input of type ``dtype``."""
+    def stack(cls, forms: Sequence[Self], dtype: torch.dtype) -> GroupedForms:
+        """Forms that agree in :meth:`groups_with`, to be computed together for input of type ``dtype``."""
         raise NotImplementedError(f"{cls.__name__} does not say how several are computed together.")
 
     @classmethod
@@ -59,7 +59,7 @@ class StackableForm(Form):
         return None
 
 
-_Form = TypeVar("_Form", bound=StackableForm)
+_Form = TypeVar("_Form", bound=GroupableForm)
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,12 @@ class Together(Generic[_Form]):
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
         self._plan: Plan[_Form] | None = None
-        self._kept: dict[Hashable, tuple[Hashable, StackedForms, list[Tensor]]] = {}
+        self._kept: dict[Hashable, tuple[Hashable, GroupedForms, list[Tensor]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tap": self.tap, "_plan": None, "_kept": {}}
 
-    def stack(self, group: Group[_Form], dtype: torch.dtype) -> StackedForms:
+    def stack(self, group: Group[_Form], dtype: torch.dtype) -> GroupedForms:
         """The forms of a group, for input of that type."""
         form = type(group.forms[0])
         if torch.compiler.is_compiling():
@@ -161,7 +161,7 @@ def _groups(acting: Iterable[tuple[str, Any, float]]) -> Iterator[Group[Any]]:
     found: dict[Hashable, dict[str, Any]] = {}
     for name, form, weight in acting:
         # what a gate or another number than one scales is computed alone
-        kind = form.stacks_with() if weight == 1.0 and not form.gated_by else None
+        kind = form.groups_with() if weight == 1.0 and not form.gated_by else None
         if kind is None:
             continue
         number = 0  # a second one of the same attachment belongs to another group

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import deltune
+from deltune.methods.reparameterized.grouped_low_rank import GroupedLowRank
 from deltune.methods.reparameterized.low_rank import LowRank
-from deltune.methods.reparameterized.stacked_low_rank import StackedLowRank
+from deltune.sites.grouped import blocks_for, in_blocks
 from deltune.sites.routed_rows import Blocks, RoutedRows
-from deltune.sites.stacked import blocks_for, in_blocks
 from tests.methods.common import output
 from tests.switching.routed import batch_of, each_alone, many, routed
 
@@ -255,7 +255,7 @@ def test_stacked_changes_equal_each_alone(dtype: torch.dtype) -> None:
         for r, d_in, d_out in shapes
     ]
     scales = [0.5, 2.0, 3.0]
-    stacked = StackedLowRank.of(factors, scales, 0.0, dtype)
+    stacked = GroupedLowRank.of(factors, scales, 0.0, dtype)
     assert stacked.rank == 4
     x = torch.randn(3, 2, 6, generator=generator)
     y = torch.randn(3, 2, 5, generator=generator)

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from deltune.sites import StackedForms
+from deltune.sites import GroupedForms
 
-__all__ = ["StackedLowRank"]
+__all__ = ["GroupedLowRank"]
 
 
-class StackedLowRank(StackedForms):
+class GroupedLowRank(GroupedForms):
     """dh_i = s_i B_i A_i dropout(x_i) for G blocks of rows in two batched products.
 
     Args:
@@ -35,7 +35,7 @@ class StackedLowRank(StackedForms):
     @classmethod
     def of(
         cls, factors: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float], dropout: float, dtype: torch.dtype
-    ) -> StackedLowRank:
+    ) -> GroupedLowRank:
         """Stack A_i (r_i, d_in) and B_i (d_out, r_i); lower ranks are filled up with zeros.
 
         Args:
@@ -57,10 +57,10 @@ class StackedLowRank(StackedForms):
         # in the layout that batched products read fastest
         return cls(stacked_A.transpose(1, 2).to(dtype).contiguous(), stacked_B.to(dtype).contiguous(), scale, dropout)
 
-    def gathered(self, owners: Tensor) -> StackedLowRank:
+    def gathered(self, owners: Tensor) -> GroupedLowRank:
         """Those of these indices."""
         factor_A, factor_B = self.factor_A.index_select(0, owners), self.factor_B.index_select(0, owners)
-        return StackedLowRank(factor_A, factor_B, self.scale, self.dropout)
+        return GroupedLowRank(factor_A, factor_B, self.scale, self.dropout)
 
     def change(self, x: Tensor) -> Tensor:
         """The changes (G, T, d_out) for x (G, T, d_in)."""
