@@ -121,7 +121,15 @@ class Switchboard:
             if site.identity not in self._taps:
                 self._taps[site.identity] = site.tap(self.control)
             self._taps[site.identity].forms.setdefault(name, []).append(form)
-        self._set_live({name: 1.0})
+        try:
+            self._set_live({name: 1.0})
+        except Exception:
+            self._forget(name)
+            if self.attachments:
+                self._set_live(*present)
+            else:
+                self._thaw()
+            raise
         return self
 
     def activate(
@@ -163,6 +171,23 @@ class Switchboard:
             )
         check_together(self.attachments, self._taps, names, factors)
         self._set_live(dict(zip(names, factors, strict=True)), stacked=stacked, frozen=resting)
+
+    @contextmanager
+    def activated(
+        self,
+        *names: str,
+        weights: Iterable[float] | None = None,
+        stacked: bool = False,
+        frozen: Iterable[str] = (),
+    ) -> Iterator[None]:
+        """:meth:`activate` inside the block; afterwards all is as before it, routing included."""
+        present, before = self._present(), self._before_route
+        self.activate(*names, weights=weights, stacked=stacked, frozen=frozen)
+        try:
+            yield
+        finally:
+            self._set_live(*present)
+            self._before_route = before
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -298,11 +323,8 @@ class Switchboard:
             self._forget(item)
         if self.attachments:
             self._set_live(live, (), stacked, frozen - {name})
-        elif self._frozen is not None:
-            for parameter, required in self._frozen:
-                parameter.requires_grad_(required)
-            self._frozen = None
-            self._release()
+        else:
+            self._thaw()
         return self.model
 
     def unmerge(self) -> None:
@@ -352,8 +374,13 @@ class Switchboard:
             if not route:  # else all that it has selected is a head, which acts on its own rows
                 attachment.selection.swap_in()
             attachment.trainable(name not in frozen)
-        if live:
+        if not live:
+            return
+        try:
             self._installation.put_on()
+        except Exception:
+            self._set_live({})  # all of it, or nothing
+            raise
 
     def _forget(self, name: str) -> None:
         """Remove an attachment, while nothing is on the model."""
@@ -364,6 +391,14 @@ class Switchboard:
             del tap.forms[name]
             if not tap.forms:
                 del self._taps[identity]
+
+    def _thaw(self) -> None:
+        """Let train what trained before the first attachment; nothing is attached any more."""
+        if self._frozen is not None:
+            for parameter, required in self._frozen:
+                parameter.requires_grad_(required)
+            self._frozen = None
+            self._release()
 
     def _release(self) -> None:
         """Make the model forget this handle."""

@@ -221,8 +221,8 @@ class Tuned(Switchboard):
     # -- looking and saving ----------------------------------------------------------------------------------
 
     def summary(self, name: str | None = None) -> Summary:
-        """What an attachment trains, per site, and its share of the model; by default of the live ones."""
-        names = self.active if name is None else (name,)
+        """What an attachment trains, per site, and its share of the model; by default of the live ones that train."""
+        names = self.trained if name is None else (name,)
         return Summary.of(self.model, [self._attachment(item) for item in names], self._size)
 
     def changes(self, name: str | None = None, *, head: bool = False) -> SparseDelta:
@@ -269,10 +269,11 @@ class Tuned(Switchboard):
         return format_named(format).write(attachment, self.model, self.anatomy, self.base_model, Path(path))
 
     def _one(self, name: str | None, verb: str) -> str:
-        """``name``, or that of the only live attachment."""
-        if name is None and len(self.active) != 1:
+        """``name``, or that of the only live attachment, or of the only one that trains."""
+        own = self.active if len(self.active) == 1 else self.trained
+        if name is None and len(own) != 1:
             raise StateError(f"Say which attachment to {verb}: name= one of {', '.join(self.attachments)}.")
-        return name or self.active[0]
+        return name or own[0]
 
     def __repr__(self) -> str:
         items = ", ".join(f"{name}: {attachment.method}" for name, attachment in self.attachments.items())

@@ -133,6 +133,31 @@ def test_a_prefix_with_a_gate_for_each_token(name: str, implementation: str, pad
     assert relative_error(output(reference, batch)[real], output(tuned.model, batch)[real]) > 1e-2
 
 
+def test_the_mask_of_deberta_and_one_for_all_rows() -> None:
+    """DeBERTa hands its attention whole numbers, and a mask may have one row for the whole batch."""
+    tuned, batch = filled("deberta-v2", "gated(lora(rank=2, targets=attention.value), pfeiffer-adapter(width=4))")
+    plain = output(tuned.model, batch)
+    extra = {
+        key: torch.cat([value, value.new_zeros(len(value), 3)], dim=1)
+        for key, value in {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}.items()
+        if value.dim() == 2
+    }
+    assert relative_error(output(tuned.model, extra), plain) < 1e-5
+    tuned, batch = filled("bert", "gated(lora(rank=2))")
+    tuned.attach("gated(lora(rank=2))", name="other")
+    rows = len(batch["input_ids"])
+    batch["attention_mask"] = torch.ones(1, 1, batch["input_ids"].shape[1], batch["input_ids"].shape[1]).bool()
+    alone = {}
+    for name in ("default", "other"):
+        tuned.activate(name)
+        alone[name] = output(tuned.model, batch)
+    route = [("other", "default")[row % 2] for row in range(rows)]
+    with tuned.routed(route):
+        together = output(tuned.model, batch)
+    for row, name in enumerate(route):
+        assert relative_error(together[row], alone[name][row]) < 1e-5
+
+
 def test_scalar_gates_are_one_half_at_the_start_and_train() -> None:
     tuned, batch = filled("gpt2", "gated(lora(rank=2), parallel-adapter(width=4, dropout=0), gate=scalar)")
     gates = [form for form in tuned.attachments["default"].forms.values() if isinstance(form, ScalarGate)]

@@ -343,6 +343,17 @@ def test_gate_values_by_place_and_part() -> None:
     central, batch = filled(", gates=central")
     shares = deltune.gate_values(central, [batch])
     assert shares["encoder.0.lora"][0] + shares["encoder.0.prefix-tuning"][0] == pytest.approx(1)
+    twice, batch = attached("bert", "gated(lora(rank=2), lora(rank=3, targets='attention.* classifier'))")
+    assert {"encoder.0.lora 1 attention.projections", "lora 2 classifier"} <= set(deltune.gate_values(twice, [batch]))
+    assert all(len(found) == 1 for found in deltune.gate_values(twice, [batch]).values())
+    sums, batch = attached("bert", "gated(lora(rank=2)) + gated(lora(rank=3))")
+    assert "encoder.0.lora attention.projections (1.0.encoder.0.attention.projections.gate)" in deltune.gate_values(
+        sums, [batch]
+    )
+    with pytest.raises(StateError, match="Nothing is attached under the name 'other'"):
+        deltune.gate_values(tuned, [batch], name="other")
+    with tuned.routed(["default"]), pytest.raises(StateError, match="whole batches"):
+        deltune.gate_values(tuned, [batch])
     with pytest.raises(StateError, match="no gates"):
         deltune.gate_values(attached("bert", "lora(rank=2)")[0], [batch])
     with pytest.raises(StateError, match="No batch"):

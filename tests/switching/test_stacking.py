@@ -6,6 +6,7 @@ their own (``test_routing``).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import deltune
 from deltune.errors import StateError
+from deltune.training import ReferenceModel
 from tests.methods.common import build, loss_of, output, relative_error
 from tests.zoo import ARCHITECTURES
 
@@ -173,6 +175,70 @@ def test_being_frozen_and_stacked_outlives_what_is_temporary_and_ends_with_the_n
     tuned.activate("b")
     tuned.detach()
     assert not tuned.active
+
+
+def test_what_acts_for_a_while_leaves_stack_and_route_as_they_were() -> None:
+    tuned, batch = two("bert", STACKED[1], STACKED[1])
+    tuned.activate("a", "b", stacked=True, frozen=["a"])
+    together = output(tuned.model, batch)
+    with tuned.activated("b"):
+        assert tuned.trained == ("b",)
+        assert not torch.equal(output(tuned.model, batch), together)
+    assert torch.equal(output(tuned.model, batch), together)
+    assert tuned.trained == ("b",)
+    reference = ReferenceModel(tuned, "a")
+    with torch.no_grad():
+        other = reference(**batch).logits
+    assert not torch.equal(other, together)
+    assert torch.equal(output(tuned.model, batch), together)
+    assert tuned.trained == ("b",)
+    tuned.route(["a", None, "b"])
+    routed = output(tuned.model, batch)
+    with tuned.activated("a"):
+        pass
+    assert torch.equal(output(tuned.model, batch), routed)
+    tuned.route(None)
+    assert torch.equal(output(tuned.model, batch), together)
+
+
+def test_what_trains_on_top_is_what_is_saved_and_summed_up(tmp_path: Path) -> None:
+    tuned, _ = two("bert", STACKED[1], "pfeiffer-adapter(width=3)")
+    tuned.activate("a", "b", stacked=True, frozen=["a"])
+    alone = tuned.summary("b").parameters
+    assert tuned.summary().parameters == alone != tuned.summary("a").parameters
+    tuned.save(tmp_path)
+    assert deltune.load(build("bert"), tmp_path).active == ("b",)
+
+
+def test_inference_mode_under_a_route_leaves_training_possible() -> None:
+    tuned, batch = two("bert", "lora(rank=2)", "lora(rank=2, weight_decomposed=true)")
+    tuned.route(["a", "b", None])
+    with torch.inference_mode():
+        tuned.model(**batch)
+    loss_of(tuned.model, batch).backward()
+    assert all(value.grad is not None for value in tuned.trainable_parameters())
+
+
+def test_an_attachment_that_cannot_be_put_on_leaves_everything_as_it_was() -> None:
+    model = build("bert")
+    bare = set(vars(model)), [name for name, _ in model.named_modules()]
+    batch = ARCHITECTURES["bert"].batch()
+    before = output(model, batch)
+    model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(StateError, match="attention implementation"):
+        deltune.attach(model, "prefix-tuning(length=2)")
+    model.config._attn_implementation_internal = "sdpa"
+    assert (set(vars(model)), [name for name, _ in model.named_modules()]) == bare
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    tuned = deltune.attach(model, "lora(rank=2)", name="a")
+    model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(StateError, match="attention implementation"):
+        tuned.attach("prefix-tuning(length=2)", name="b")
+    model.config._attn_implementation_internal = "sdpa"
+    assert tuned.active == ("a",)
+    assert list(tuned.attachments) == ["a"]
+    tuned.detach()
+    assert torch.equal(output(model, batch), before)
 
 
 def test_a_merged_stack_comes_apart_as_it_was() -> None:

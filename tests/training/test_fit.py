@@ -346,3 +346,33 @@ def test_encoded_data_are_taken_as_they_are() -> None:
     fit(one, tiny.task(), rows, tokenizer=tiny.tokenizer(), settings=settings)
     fit(other, tiny.task(), tiny.reviews(20), tokenizer=tiny.tokenizer(), settings=settings)
     assert tiny.equal(tiny.weights(one), tiny.weights(other))
+
+
+def test_one_delta_is_trained_on_top_of_another_that_stays(tmp_path: Path) -> None:
+    """Also in a run that was stopped and goes on."""
+
+    def stack() -> Any:
+        tuned = tiny.classifier()
+        tuned.attach("pfeiffer-adapter(width=4)", name="language", train_head=False)
+        tuned.attach("pfeiffer-adapter(width=3)", name="task", train_head=False)
+        tuned.detach("default")
+        for _, value in tuned.attachments["language"].parameters():
+            torch.nn.init.normal_(value, std=0.1)
+        tuned.activate("language", "task", stacked=True, frozen=["language"])
+        return tuned
+
+    options: dict[str, Any] = {"settings": {"steps": 6, "save_every": 2}}
+    one = stack()
+    below = {key: value.clone() for key, value in one.attachments["language"].parameters()}
+    before = tiny.weights(one)
+    run(one, output=tmp_path / "one", **options)
+    assert all(torch.equal(value, below[key]) for key, value in one.attachments["language"].parameters())
+    assert not tiny.equal(tiny.weights(one), before)
+    loaded = deltune.load(tiny.classifier().detach(), tmp_path / "one")
+    assert loaded.active == ("task",)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stack(), output=tmp_path / "two", callbacks=[StopAt(4)], **options)
+    two = stack()
+    run(two, output=tmp_path / "two", **options)
+    assert tiny.equal(tiny.weights(two), tiny.weights(one))

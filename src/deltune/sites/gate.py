@@ -50,7 +50,11 @@ class GateForm(Form):
         self._mask.inputs[:] = [] if mask is None else [mask]
 
     def forget(self) -> None:
-        """End what :meth:`observe` began."""
+        """End what :meth:`observe` began.
+
+        Where checkpointing computes a layer again nothing follows that would; what is left is replaced by the next
+        call, and is in no copy.
+        """
         self._mask.inputs.clear()
 
     @abstractmethod
@@ -137,6 +141,7 @@ class _Observe:
         arguments = named_arguments(self.names, args, kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
         mask = _real(next((arguments[name] for name in _MASKS if name in arguments), None), module)
+        mask = None if mask is None else mask.expand(hidden.shape[0], -1)
         for form, _ in self.tap.live():
             assert isinstance(form, GateForm)
             form.observe(hidden, mask)
@@ -159,7 +164,8 @@ def _real(mask: Any, module: nn.Module) -> Tensor | None:
         )
     if mask.dim() == 2:
         return mask.bool()
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    # DeBERTa's is of whole numbers
+    seen = mask > torch.finfo(mask.dtype).min / 2 if mask.dtype.is_floating_point else mask.bool()
     return seen.any(dim=(1, 2))
 
 

@@ -146,4 +146,8 @@ def _repeated(entries: Sequence[int], times: int) -> list[int]:
 
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long, device=device)
+    if torch.compiler.is_compiling():
+        return torch.tensor(rows, dtype=torch.long, device=device)
+    # kept for later calls, which may have gradients
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.long, device=device)

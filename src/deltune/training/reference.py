@@ -62,13 +62,8 @@ class ReferenceModel(nn.Module):
             return
         if self.tuned.control.route:
             raise StateError("A reference with attachments cannot be compared with routed rows: end routing first.")
-        live = dict(self.tuned.control.live)
-        self.tuned.activate(*self.active)
-        try:
-            with measuring(self.tuned.model):
-                yield
-        finally:
-            self.tuned.activate(*live, weights=live.values())
+        with self.tuned.activated(*self.active), measuring(self.tuned.model):
+            yield
 
     def _without_gradients(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:

@@ -100,7 +100,7 @@ class RunFolder:
         Raises:
             CheckpointError: if they cannot be written.
         """
-        tuned.save(self.path)
+        tuned.save(self.path, tuned.trained[0])
         trained = capture(tuned)
         (self.path / _RAW_FILE).unlink(missing_ok=True)
         if not _equal(trained, _prefixed(tuned.trained[0], read(self.path)[1])):
