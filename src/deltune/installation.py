@@ -100,7 +100,7 @@ class Installation:
         if self.control.route:
             self._handles.extend(routed_heads(self.model, self.anatomy, self.control, live))
         acting = {site.identity for attachment in live for _, site, _ in attachment.sites}
-        taps = [tap for identity, tap in self.taps.items() if identity in acting]
+        taps = [tap for identity, tap in self.taps.items() if identity in acting or tap.watches]
         for tap in sorted(taps, key=lambda tap: tap.site.order):
             self._taps_on.append(tap)
             tap.install(self.modules)

@@ -178,6 +178,8 @@ class Tap(ABC):
 
     #: Whether several attachments can be live here at once with a weight other than one.
     weighted: ClassVar[bool] = False
+    #: Whether it is on while anything is live, also where it has no live form, to refuse what would go wrong then.
+    watches: ClassVar[bool] = False
 
     def __init__(self, site: Site, control: Control) -> None:
         self.site = site

@@ -75,6 +75,7 @@ class PseudoTokenSite(Site):
 class PseudoTokenTap(Tap):
     """Hooks on the tables, and one at the entry that checks what is given."""
 
+    watches = True
     site: PseudoTokenSite
 
     def install(self, modules: Mapping[str, nn.Module]) -> None:
