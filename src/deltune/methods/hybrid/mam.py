@@ -33,7 +33,8 @@ class MAM(Preset):
     When to use:
         Where a method may cost some per cent of the model's parameters and shall come near full fine-tuning, in
         summaries and translation above all: the authors find that a small budget is best spent on attention and a
-        larger one on feed-forward sublayers. For classification they take ``length=16, width=16, scale=2``.
+        larger one on feed-forward sublayers. For classification they take ``length=16, width=16, scale=2``;
+        so small, it learns better at a rate of 1e-3 than at the default, which suits the wide adapter.
 
     Cost:
         Parameters: stored, 2 P d_kv for each attention function and 2 d m + m + d for each feed-forward sublayer.

@@ -85,7 +85,8 @@ class UniPELT(Preset):
         cached generation would differ: there each token has a gate of its own, which the paper does not treat.
         Where norms come before the sublayers, LoRA's and the prefix's gates read behind the norm. ``gates=central``
         follows the authors' code: LoRA and prefix are weighed against each other, the adapter has its own gate. LoRA's
-        scale alpha / r is 1 where a gate takes its place, and 16 / r without gates; ``alpha`` sets it.
+        scale alpha / r is 1 where a gate takes its place, and 16 / r without gates; ``alpha`` sets it. The default
+        learning rate is above the authors' 5e-4, which goes with 50 epochs.
 
     Source:
         Mao et al. 2022, arXiv 2110.07577, section 3; authors' code: morningmoni/UniPELT.
@@ -120,7 +121,7 @@ class UniPELT(Preset):
     paper: ClassVar[Paper] = Paper(
         "Mao et al.", "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", 2022, "2110.07577"
     )
-    learning_rate: ClassVar[float] = 5e-4
+    learning_rate: ClassVar[float] = 1e-3
     unchanged_at_start: ClassVar[bool] = False
 
     def definition(self) -> Method:
