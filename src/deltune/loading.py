@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 
 from deltune.backbone import check_base_model
-from deltune.checkpoints import fill, recognised, without_head
-from deltune.errors import CheckpointError
+from deltune.checkpoints import Format, Saved, fill, recognised, without_head
+from deltune.errors import CheckpointError, MethodError, TargetError
 from deltune.quantization import NF4
 from deltune.tuned import HANDLE, Tuned
 
@@ -51,8 +52,7 @@ def load(
     """
     tuned = model if isinstance(model, Tuned) else vars(model).get(HANDLE) or Tuned(model)
     reader = recognised(path, format)
-    with tuned.disabled():
-        saved = reader.read(Path(path), tuned.model, tuned.anatomy, pickled)
+    saved = _read(reader, Path(path), tuned, pickled)
     if strict and saved.base_model is not None:
         check_base_model(saved.base_model, tuned.base_model)
         _check_quantization(saved.base_model.get("quantization"), tuned.base_model["quantization"], path)
@@ -73,6 +73,34 @@ def load(
     for note in saved.notes:
         warnings.warn(f"{path}: {note}", UserWarning, stacklevel=2)
     return tuned
+
+
+#: What reading raises of a configuration in which something of another type stands than its library writes.
+_NONSENSE = (
+    *(TypeError, KeyError, IndexError, ValueError, AttributeError, AssertionError, ArithmeticError, RecursionError),
+    *(re.error, MethodError, TargetError),
+)
+
+
+def _read(reader: Format, folder: Path, tuned: Tuned, pickled: bool) -> Saved:
+    """What ``folder`` holds.
+
+    Raises:
+        CheckpointError: if it cannot be read, whatever is wrong in it.
+    """
+    try:
+        with tuned.disabled():
+            return reader.read(folder, tuned.model, tuned.anatomy, pickled)
+    except CheckpointError as error:
+        if str(folder) in str(error):
+            raise
+        raise CheckpointError(f"{folder}: {error}") from error
+    except _NONSENSE as error:
+        said = str(error) if isinstance(error, MethodError | TargetError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{folder} is recognised as {reader.name}, but what stands in it cannot be understood ({said}). Compare "
+            "its configuration with one that the library writes, or save it again. Nothing was loaded."
+        ) from error
 
 
 def _check_quantization(saved: Mapping[str, Any] | None, present: Mapping[str, Any] | None, path: str | Path) -> None:

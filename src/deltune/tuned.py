@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltune.checkpoints import format_named
-from deltune.errors import StateError
+from deltune.checkpoints import format_named, other_formats
+from deltune.errors import CheckpointError, StateError
 from deltune.folding import fold, refuse_tied
 from deltune.frozen_states import FrozenStates, frozen_states
 from deltune.methods import Method
@@ -252,7 +252,7 @@ class Tuned(Switchboard):
         """Write an attachment to a folder: one safetensors file with the trained part, one JSON for people.
 
         Args:
-            path: the folder; made if it does not exist, replaced file by file if it does.
+            path: the folder; made if it does not exist. What was saved there before in the same format is replaced.
             name: which attachment; by default the live one.
             format: the folder's format, one of ``deltune.checkpoints.FORMATS``; deltune's own holds every method,
                 those of other libraries what they know.
@@ -262,11 +262,19 @@ class Tuned(Switchboard):
 
         Raises:
             StateError: if merged, or if several are live and none is named.
-            CheckpointError: if there is no such format, or it cannot hold this method; or it cannot be written.
+            CheckpointError: if there is no such format, or it cannot hold this method; or it cannot be written, or the
+                folder holds a delta in another format.
         """
         self._refuse_while_merged("save")
         attachment = self._attachment(self._one(name, "save"))
-        return format_named(format).write(attachment, self.model, self.anatomy, self.base_model, Path(path))
+        writer = format_named(format)
+        others = other_formats(path, format)
+        if others:
+            raise CheckpointError(
+                f"{path} holds a delta in the format {others[0]}, and beside one in the format {format} it could not "
+                "be told which is meant. Save to another folder, or remove what is there."
+            )
+        return writer.write(attachment, self.model, self.anatomy, self.base_model, Path(path))
 
     def _one(self, name: str | None, verb: str) -> str:
         """``name``, or that of the only live attachment, or of the only one that trains."""

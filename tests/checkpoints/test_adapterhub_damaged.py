@@ -157,3 +157,115 @@ def test_families_that_are_not_known(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="family 'albert'"):
         tuned.save(tmp_path / "out", format="adapterhub")
     assert not (tmp_path / "out").exists()
+
+
+def described(folder: Path, file: str, change: Callable[[dict[str, Any]], Any]) -> Path:
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("lora", {"architecture": ["lora"]}),
+        ("lora", {"r": None}),
+        ("lora", {"r": 0, "use_dora": True}),
+        ("lora", {"leave_out": 3}),
+        ("lora", {"attn_matrices": None}),
+        ("lora", {"architecture": "union"}),
+        ("lora", {"architecture": "union", "configs": ["lora"]}),
+        ("seq_bn", {"leave_out": 3}),
+        ("seq_bn", {"reduction_factor": "some"}),
+        ("prefix_flat", {"prefix_length": None}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_nonsense_in_a_configuration_is_refused_with_the_folder(
+    case: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = copied("bert", case, tmp_path / "given")
+    described(folder, "adapter_config.json", lambda content: content["config"].update(changes))
+    refused(folder, rf"{folder}.*(cannot be understood .*Nothing was loaded|cannot be built here|no number)")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda setup: setup.update(adapter_setup="Fuse"),
+        lambda setup: setup["adapter_setup"].update(children=[3]),
+        lambda setup: setup["adapter_setup"].update(children=None),
+    ],
+    ids=["text", "number", "none"],
+)
+def test_nonsense_in_a_set_up(change: Any, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "bert" / "fusion", tmp_path / "fusion")
+    refused(described(tmp_path / "fusion", "adapter_setup.json", change), "Nothing was loaded|nests compositions")
+
+
+def test_a_configuration_that_is_too_deep_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"config": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    refused(tmp_path, "holds no delta")
+
+
+@pytest.mark.parametrize("name", ["..", "../one", "/one", "a\\b", ""])
+def test_names_do_not_lead_elsewhere(name: str, tmp_path: Path) -> None:
+    words = "is no name of an adapter"
+    for number, change in enumerate(
+        (
+            lambda setup: setup["adapter_setup"].update(children=[name, "two"]),
+            lambda setup: setup.update(head_setup=name),
+        )
+    ):
+        shutil.copytree(FIXTURES / "bert" / "fusion", tmp_path / f"setup{number}")
+        refused(described(tmp_path / f"setup{number}", "adapter_setup.json", change), words)
+    shutil.copytree(FIXTURES / "bert" / "fusion", tmp_path / "fusion")
+    described(
+        tmp_path / "fusion" / "one,two",
+        "adapter_fusion_config.json",
+        lambda content: content.update(adapter_names=["one", name]),
+    )
+    refused(tmp_path / "fusion", words)
+
+
+def test_names_that_mean_one_tensor_and_whole_numbers(tmp_path: Path) -> None:
+    folder = with_tensors(
+        copied("bert", "seq_bn", tmp_path / "twice"),
+        lambda found: found.update({FIRST.removeprefix("bert."): torch.ones(4, 16)}),
+    )
+    refused(folder, "twice")
+    folder = with_tensors(
+        copied("bert", "seq_bn", tmp_path / "whole"), lambda found: found.update({FIRST: found[FIRST].to(torch.int8)})
+    )
+    refused(folder, "is int8 in the file")
+
+
+@pytest.mark.parametrize("case", ["seq_bn", "lora", "prefix_flat"])
+def test_options_that_are_not_known_are_told_unless_they_are_off(case: str, tmp_path: Path) -> None:
+    folder = copied("bert", case, tmp_path / case)
+    described(folder, "adapter_config.json", lambda content: content["config"].update(new_option=0.5, off=False))
+    with pytest.warns(UserWarning, match=r"the option new_option=0\.5 is not known to deltune and was ignored") as told:
+        deltune.load(build("bert"), folder, pickled=True)
+    assert len(told) == 1
+
+
+def test_an_adapter_that_is_called_like_a_method_of_modules(tmp_path: Path) -> None:
+    deltune.attach(build("bert"), deltune.LoRA(rank=2), name="trained").save(tmp_path / "one", format="adapterhub")
+    described(tmp_path / "one", "adapter_config.json", lambda content: content.update(name="train"))
+    with_tensors(
+        tmp_path / "one",
+        lambda found: [found.update({key.replace("trained", "train"): found.pop(key)}) for key in list(found)],
+    )
+    assert deltune.load(build("bert"), tmp_path / "one").active == ("train_",)
+
+
+@pytest.mark.parametrize("changes", [{"composition_mode": "scale", "r": 1}, {"use_dora": True}], ids=["ia3", "dora"])
+def test_gates_that_are_another_function_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    refused(copied("bert", "lora", tmp_path / "read", use_gating=True, **changes), "neither read nor written")
+    method = "ia3(inputs=none, targets=attention.value)" if "r" in changes else "lora(rank=2, weight_decomposed=true)"
+    kind = "bert" if "r" in changes else "llama"
+    tuned = deltune.attach(build(kind), f"gated({method})")
+    with pytest.raises(CheckpointError, match="neither read nor written"):
+        tuned.save(tmp_path / "written", format="adapterhub")
+    assert not (tmp_path / "written").exists()

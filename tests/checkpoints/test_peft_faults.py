@@ -297,3 +297,73 @@ def test_the_outputs_of_what_was_loaded_are_those_of_the_loaded_tensors(folder: 
         change(folder, lambda tensors: tensors[f"{QUERY}.lora_B.weight"].mul_(2))
         after = deltune.load(build(), folder).model(**batch).logits
     assert same(after, before) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_alpha": None}, "lora_alpha=None, which is no number"),
+        ({"lora_alpha": "much"}, "lora_alpha='much', which is no number"),
+        ({"lora_alpha": "nan"}, "lora_alpha='nan', which is no number"),
+        ({"lora_alpha": float("nan")}, "NaN is no number"),
+        ({"lora_alpha": float("inf")}, "Infinity is no number"),
+        ({"lora_dropout": None}, "lora_dropout=None, which is no number"),
+        ({"lora_dropout": 2.0}, "cannot be understood"),
+        ({"target_modules": "(query"}, "cannot be understood"),
+        ({"alpha_pattern": ["query"]}, "cannot be understood"),
+        ({"rank_pattern": 3, "alpha_pattern": {"(": 2}}, "cannot be understood"),
+    ],
+)
+def test_nonsense_in_a_configuration_is_refused_with_the_folder(
+    folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    edit(folder, **changes)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (peft.LoKrConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]), {"r": 0}),
+        (peft.LoKrConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]), {"alpha": None}),
+        (peft.AdaLoraConfig(task_type="SEQ_CLS", init_r=2, total_step=9, target_modules=["query"]), {"init_r": None}),
+        (peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3), {"num_virtual_tokens": "three"}),
+    ],
+    ids=["lokr-rank", "lokr-alpha", "adalora", "prefix"],
+)
+def test_nonsense_for_other_tuners(config: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path / "saved", config)
+    edit(folder, **changes)
+    refused(folder, "Nothing was loaded")
+
+
+def test_factors_of_no_dimensions_and_deep_configurations(folder: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / "adapter_config.json").write_text('{"peft_type": "LORA", "r": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    refused(deep, "is damaged")
+    change(folder, lambda tensors: tensors.update({f"{QUERY}.lora_A.weight": torch.tensor(1.0)}))
+    refused(folder, str(folder))
+
+
+def test_names_that_mean_one_tensor_and_whole_numbers(folder: Path) -> None:
+    short = QUERY.replace(".bert", "")
+    change(folder, lambda tensors: tensors.update({f"{short}.lora_A.weight": torch.ones(2, 32)}))
+    refused(folder, r"twice: .*query\.lora_A\.weight, which another name in the file means too")
+    change(folder, lambda tensors: tensors.pop(f"{short}.lora_A.weight"))
+    name = f"{QUERY}.lora_A.weight"
+    change(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(folder, rf"no floating-point numbers: {name} is int8")
+
+
+@pytest.mark.parametrize("alpha", [-3, 0])
+def test_an_alpha_that_is_not_positive_goes_into_the_factors(folder: Path, alpha: int) -> None:
+    edit(folder, lora_alpha=alpha)
+    model = build()
+    ids = torch.arange(12).view(2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = peft.PeftModel.from_pretrained(build(), folder).eval()(input_ids=ids).logits
+    with pytest.warns(UserWarning, match="went into B"):
+        tuned = deltune.load(model, folder)
+    torch.testing.assert_close(tuned.model.eval()(input_ids=ids).logits, wanted, rtol=0, atol=1e-5)

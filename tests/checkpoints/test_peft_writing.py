@@ -124,6 +124,13 @@ def test_what_peft_cannot_hold_is_refused(method: str, architecture: str, words:
     assert not (tmp_path / "folder").exists()
 
 
+@pytest.mark.parametrize(("architecture", "targets"), [("bert", "embeddings"), ("vit", "*.projection")])
+def test_changes_of_one_matrix_by_several_are_joined(architecture: str, targets: str, tmp_path: Path) -> None:
+    method = f"lora(rank=2, targets='{targets}') + lora(rank=3, alpha=1, targets='{targets}')"
+    attached(method, architecture).save(tmp_path, format="peft")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 5
+
+
 def test_the_configuration_names_the_base_model_and_the_task(tmp_path: Path) -> None:
     model = ARCHITECTURES["bert"].build("classification")
     model.config._name_or_path = "models/encoder"

@@ -64,6 +64,25 @@ def test_merging_and_exporting_a_merged_model_are_one(
     ).read_bytes()
 
 
+def test_what_is_read_is_never_replaced(folders: tuple[Path, Path], deltune: Command) -> None:
+    given = ("--model", folders[0], "--delta", folders[1], "--overwrite")
+    before = {item: item.read_bytes() for folder in folders for item in folder.iterdir() if item.is_file()}
+    for output in (*folders, folders[0].parent):
+        for command in (("export", "--format", "peft"), ("export", "--format", "merged"), ("merge",)):
+            ended = deltune(*command, *given, "--output", output)
+            assert ended.status == 2
+            assert "which is read, is that folder or lies in it" in ended.err
+    assert all(item.read_bytes() == content for item, content in before.items())
+
+
+def test_a_folder_of_another_library_is_named(folders: tuple[Path, Path], deltune: Command, tmp_path: Path) -> None:
+    given = ("--model", folders[0], "--format", "peft")
+    deltune("export", *given, "--delta", folders[1], "--output", tmp_path / "peft")
+    ended = deltune("export", *given, "--delta", tmp_path / "peft", "--output", tmp_path / "again")
+    assert ended.status == 2
+    assert "holds a delta in the format peft, which says no task" in ended.err
+
+
 def test_wrong_input_ends_with_a_message(
     folders: tuple[Path, Path], place: Place, delta: Path, deltune: Command, tmp_path: Path
 ) -> None:

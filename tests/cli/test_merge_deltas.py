@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import deltune as library
 from deltune.checkpoints import read
@@ -146,6 +147,23 @@ def test_what_makes_no_sense_is_refused(place: Place, runs: Path, deltune: Comma
     for given, words in cases:
         refused(deltune("merge", *given), words)
     assert not (tmp_path / "out").exists()
+
+
+def test_overwriting_replaces_the_whole_folder(place: Place, runs: Path, deltune: Command, tmp_path: Path) -> None:
+    arguments = ("merge", runs / "reviews", runs / "foreign", "--model", place.model, "--strategy", "linear")
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "adapter_config.json").write_text("{}")
+    (output / "adapter_model.safetensors").touch()
+    tuned = library.load(AutoModelForSequenceClassification.from_pretrained(place.model), runs / "again", head=False)
+    tuned.save(runs / "foreign", format="peft")
+    refused(deltune(*arguments, "--output", output), "exists already")
+    ended = deltune(*arguments, "--output", output, "--overwrite")
+    assert ended.status == 0, ended.err
+    assert sorted(item.name for item in output.iterdir()) == ["delta.safetensors", "deltune.json"]
+    assert "Task heads are left out" in ended.out
+    (output / "notes.md").touch()
+    refused(deltune(*arguments, "--output", output, "--overwrite"), "notes.md", "would be lost")
 
 
 def test_folders_of_one_name_are_told_apart(place: Place, runs: Path, deltune: Command, tmp_path: Path) -> None:

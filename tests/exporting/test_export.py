@@ -54,10 +54,38 @@ def test_nothing_is_replaced_unasked(format: str, tmp_path: Path) -> None:
         deltune.export(tuned, tmp_path, format)
     assert (tmp_path / "mine.txt").read_text() == "mine"
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "special_tokens_map.json").touch()
     deltune.export(tuned, tmp_path / "out", format, overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
+    assert not (tmp_path / "out" / "special_tokens_map.json").exists()
+    (tmp_path / "out" / "thesis.txt").touch()
+    with pytest.raises(StateError, match=r"thesis\.txt, which would be lost"):
+        deltune.export(tuned, tmp_path / "out", format, overwrite=True)
+    assert (tmp_path / "out" / "thesis.txt").exists()
     assert {item.name for item in tmp_path.iterdir()} == {"mine.txt", "out"}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_live_and_how_stays(format: str, tmp_path: Path) -> None:
+    tuned = tuned_with("lora(rank=2)")
+    tuned.attach("lora(rank=2)", "other")
+    tuned.activate("default", "other", weights=(0.5, 2.0), stacked=True, frozen="other")
+    deltune.export(tuned, tmp_path / "stacked", format, name="other")
+    assert (tuned.control.live, tuned.control.stacked) == ({"default": 0.5, "other": 2.0}, True)
+    assert tuned.trained == ("default",)
+    tuned.route(["default", None, "other"])
+    deltune.export(tuned, tmp_path / "routed", format, name="other")
+    assert tuned.control.route == ("default", None, "other")
+    tuned.route(None)
+    assert (tuned.control.stacked, tuned.trained) == (True, ("default",))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_changes_of_one_matrix_by_several_are_joined(format: str, tmp_path: Path) -> None:
+    tuned = tuned_with("lora(rank=4, alpha=2) + lora(rank=8, targets='attention.query')")
+    found = deltune.export(tuned, tmp_path / "out", format)
+    assert found.drift.relative < ROUNDING
+    if format == "vllm":
+        assert "--max-lora-rank 16 " in found.use
 
 
 def test_modes_and_training_go_on_as_before(tmp_path: Path) -> None:

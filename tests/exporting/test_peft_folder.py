@@ -109,6 +109,12 @@ def test_the_smallest_rank_that_vllm_can_be_told_is_named() -> None:
         rank_for_vllm(of(513))
 
 
+def test_a_whole_matrix_that_is_transposed_is_not_called_a_part(tmp_path: Path) -> None:
+    tuned = deltune.attach(ARCHITECTURES["gpt2"].build("language"), "lora(rank=2, targets=ffn.down)")
+    with pytest.raises(StateError, match=r"ffn\.down is a transposed matrix"):
+        deltune.export(tuned, tmp_path / "out", "vllm")
+
+
 @pytest.mark.parametrize("format", ["peft", "vllm"])
 def test_a_folder_that_does_something_else_is_not_kept(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deltune.checkpoints.files import write_atomically, write_json, write_tensors
-from deltune.checkpoints.formats import FORMATS, Format, Saved, format_named, recognised
+from deltune.checkpoints.formats import FORMATS, Format, Saved, format_named, other_formats, recognised
 from deltune.checkpoints.native import (
     DESCRIPTION_FILE,
     TENSOR_FILE,
@@ -23,6 +23,7 @@ __all__ = [
     "Saved",
     "fill",
     "format_named",
+    "other_formats",
     "read",
     "read_description",
     "recognised",

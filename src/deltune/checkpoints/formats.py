@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from deltune.backbone import Anatomy
     from deltune.methods import Method
 
-__all__ = ["FORMATS", "Format", "Saved", "format_named", "recognised"]
+__all__ = ["FORMATS", "Format", "Saved", "format_named", "other_formats", "recognised"]
 
 #: Where the class of each format stands, by the name that ``tuned.save(format=...)`` takes.
 FORMATS = {
@@ -121,6 +121,11 @@ def format_named(name: str) -> Format:
     module, _, attribute = FORMATS[name].partition(":")
     found: Format = getattr(importlib.import_module(module), attribute)()
     return found
+
+
+def other_formats(path: str | Path, name: str) -> list[str]:
+    """The names of the formats other than ``name`` in which the folder ``path`` holds a delta."""
+    return [other for other in FORMATS if other != name and format_named(other).recognises(Path(path))]
 
 
 def recognised(path: str | Path, name: str | None = None) -> Format:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,26 @@ def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"There is no {file.name} in {file.parent}, which says what its weights mean.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"), parse_float=_finite, parse_constant=_finite)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is damaged or cut short ({error}). Copy it again; nothing was loaded."
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object, but {type(content).__name__}. Copy it again.")
     return content
+
+
+def _finite(text: str) -> float:
+    """The number.
+
+    Raises:
+        ValueError: if it is none, or without bounds.
+    """
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
 
 
 def read_weights(folder: Path, safetensors: str, pickle: str, pickled: bool) -> dict[str, Tensor]:

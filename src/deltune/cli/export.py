@@ -28,7 +28,9 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder that an earlier export wrote.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Write a delta in the format of another program.
@@ -40,7 +42,7 @@ def export(
     """
     if format not in FORMATS:
         raise StateError(f"--format cannot be {format!r}. {suggestion(format, FORMATS)}")
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, keep=[model, delta])
     if format == "merged":
         merge(model=model, delta=delta, output=output, overwrite=overwrite, json=json)
         return

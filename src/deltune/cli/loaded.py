@@ -53,12 +53,19 @@ def load_delta(
 
     quiet_libraries()
     import deltune
-    from deltune.checkpoints import read_description
+    from deltune.checkpoints import TENSOR_FILE, other_formats, read_description
     from deltune.quantization import NF4, reader
     from deltune.tasks import task_from_description
     from deltune.training.devices import usable_device
 
     place = usable_device(device)
+    foreign = [] if (delta / TENSOR_FILE).is_file() else other_formats(delta, "deltune")
+    if foreign:
+        raise CheckpointError(
+            f"{delta} holds a delta in the format {foreign[0]}, which says no task, so the model's head and the data's "
+            "columns are not known. Load it in Python with deltune.load(model, folder); deltune.export and "
+            "deltune.merge_deltas take it from there."
+        )
     description = read_description(delta)
     if not description.get("task"):
         raise CheckpointError(

@@ -12,7 +12,7 @@ from deltune.cli.loaded import load_delta
 from deltune.cli.merge_deltas import MergeRequest, merge_folders
 from deltune.cli.reporting import plain_number, print_json
 from deltune.errors import StateError, suggestion
-from deltune.exporting.folders import refuse_existing
+from deltune.exporting.folders import DELTA_FILES, refuse_existing
 
 __all__ = ["merge"]
 
@@ -62,7 +62,9 @@ def merge(
             "which loses part of the change. The default is dequantized."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder that an earlier merge wrote.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
 ) -> None:
     """Fold a delta into its model; or, with --strategy, merge deltas into a new delta.
@@ -91,7 +93,8 @@ def merge(
     options.check(given, into)
     if into is not None and into not in _INTO:
         raise StateError(f"--into cannot be {into!r}. {suggestion(into, _INTO)}")
-    refuse_existing(output, overwrite)
+    read: list[str | Path] = [model, *given, *([] if initial is None else [initial])]
+    refuse_existing(output, overwrite, keep=read, known=() if strategy is None else DELTA_FILES)
     if strategy is not None:
         merged = merge_folders(model, given, output, options)
         if json:

@@ -13,6 +13,7 @@ from deltune.errors import StateError, suggestion
 
 if TYPE_CHECKING:
     from deltune.merging import Merged
+    from deltune.tuned import Tuned
 
 __all__ = ["MergeRequest", "merge_folders"]
 
@@ -96,10 +97,12 @@ def merge_folders(model: str, deltas: Sequence[Path], output: Path, request: Mer
     head = _head(names, request.heads)
     first = next((folder for folder, name in names.items() if name == head), deltas[0])
     tuned = load_delta(model, first, "cpu", name=names[first], head=head in (names[first], _AVERAGE)).tuned
-    from deltune.checkpoints import read_description
+    from deltune.checkpoints import read
+    from deltune.exporting.folders import write_checked
     from deltune.loading import load
     from deltune.merging import merge_deltas
 
+    with_head = [_trained_head(tuned, folder) for folder in deltas] if head is None else []
     for folder, name in names.items():
         if folder != first:
             load(tuned, folder, name, head=head == _AVERAGE)
@@ -120,9 +123,23 @@ def merge_folders(model: str, deltas: Sequence[Path], output: Path, request: Mer
         initial=None if request.initial is None else _INITIAL,
         **options,
     )
-    tuned.save(output, _MERGED)
-    left_out = head is None and any(read_description(folder)["head"] for folder in deltas)
-    return replace(merged, left_out_heads=left_out)
+    write_checked(output, lambda folder: tuned.save(folder, _MERGED), read)
+    return replace(merged, left_out_heads=any(with_head))
+
+
+def _trained_head(tuned: Tuned, folder: Path) -> bool:
+    """Whether the delta in ``folder``, of any format, has a task head.
+
+    Raises:
+        CheckpointError: if it holds no delta of this model.
+    """
+    from deltune.checkpoints import read_description, recognised
+
+    format = recognised(folder)
+    if format.name == "deltune":
+        return bool(read_description(folder)["head"])
+    with tuned.disabled():
+        return bool(format.read(folder, tuned.model, tuned.anatomy, False).head)
 
 
 def _names(deltas: Sequence[Path]) -> dict[Path, str]:

@@ -9,6 +9,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from deltune.attachment import Attachment
+from deltune.checkpoints.peft.tuners import joined_factors
 from deltune.errors import StateError
 from deltune.methods.reparameterized.low_rank import LowRank
 from deltune.sites import WeightSite
@@ -41,6 +42,8 @@ class Factors:
 def factors_of(attachment: Attachment, format: str) -> Iterator[Factors]:
     """Of every linear map that ``attachment`` changes, as it would be saved.
 
+    Several changes of one map, as a sum of methods has them, are joined to one of larger rank.
+
     Args:
         attachment: of a relative of LoRA.
         format: name of the format, for messages.
@@ -55,6 +58,7 @@ def factors_of(attachment: Attachment, format: str) -> Iterator[Factors]:
         )
     if attachment.selected_names:
         _refuse(attachment, format, f"it changes {attachment.selected_names[0]} itself")
+    by_module: dict[str, list[tuple[WeightSite, LowRank]]] = {}
     for key, site, form in attachment.sites:
         stored = form.stored()
         if stored is None:
@@ -62,10 +66,13 @@ def factors_of(attachment: Attachment, format: str) -> Iterator[Factors]:
         if not isinstance(site, WeightSite) or not isinstance(stored, LowRank) or stored.reads_matrix:
             _refuse(attachment, format, f"what it does at {key} is no sum with a product of two thin matrices")
         if site.kind != "linear" or site.rows is not None or site.transposed:
-            what = site.kind if site.kind != "linear" else "part of a larger matrix"
+            part = "part of a larger matrix" if site.rows is not None else "transposed matrix"
+            what = part if site.kind == "linear" else site.kind
             _refuse(attachment, format, f"{key} is {'an' if what[0] in 'aeio' else 'a'} {what}")
-        A, B = (value.detach().float().cpu() for value in stored.factors())
-        yield Factors(site.module, A, B, stored.scale)
+        by_module.setdefault(site.module, []).append((site, stored))
+    for module, forms in by_module.items():
+        A, B, scale = joined_factors(forms, forms[0][0].out_features)
+        yield Factors(module, A.detach().float().cpu(), B.detach().float().cpu(), scale)
 
 
 def _refuse(attachment: Attachment, format: str, reason: str) -> NoReturn:

@@ -49,26 +49,23 @@ def export(
             llama.cpp; ``merged``, an ordinary model folder with the delta folded in.
         name: which attachment; by default the only live one. It is made the live one while it is written.
         tokenizer: written beside a merged model, if there is one.
-        overwrite: replace the folder if it exists.
+        overwrite: replace the folder if it exists and holds nothing but what is written here.
 
     Raises:
         StateError: if the format has no place for this delta, or what was written does not do the same; nothing is
-            left of it then.
+            left of it then. Or if the place is not to be replaced.
         CheckpointError: if it cannot be written.
     """
     if format not in FORMATS:
         raise StateError(f"There is no export format {format!r}. {suggestion(format, FORMATS)}")
     output = Path(path)
-    refuse_existing(output, overwrite, "overwrite")
+    base = str(getattr(getattr(tuned.model, "config", None), "_name_or_path", "") or "")
+    refuse_existing(output, overwrite, "overwrite", keep=[base] if base else [])
     if name is None and len(tuned.active) != 1:
         raise StateError(f"Say which attachment to export: name= one of {', '.join(tuned.attachments)}.")
     chosen = name or tuned.active[0]
-    live = dict(tuned.control.live)
-    tuned.activate(chosen)
-    try:
+    with tuned.activated(chosen):
         drift, use = _WRITERS[format](tuned, chosen, output, tokenizer)
-    finally:
-        tuned.activate(*live, weights=live.values())
     return Exported(output, drift, use)
 
 

@@ -100,14 +100,14 @@ def probe_again(tuned: Tuned, folder: Path) -> Tensor:
     Raises:
         CheckpointError: if the folder cannot be read.
     """
-    live, again = dict(tuned.control.live), _free_name(tuned)
-    try:
-        load(tuned, folder, again, format="peft")
-        return probe_logits(tuned.model)
-    finally:
-        if again in tuned.attachments:
-            tuned.detach(again)
-        tuned.activate(*live, weights=live.values())
+    again = _free_name(tuned)
+    with tuned.activated():
+        try:
+            load(tuned, folder, again, format="peft")
+            return probe_logits(tuned.model)
+        finally:
+            if again in tuned.attachments:
+                tuned.detach(again)
 
 
 def write_factors(factors: Sequence[Factors], folder: Path) -> None:

@@ -26,6 +26,7 @@ from deltune.checkpoints.adapterhub.pieces import (
     Stored,
     Written,
     by_pooling,
+    completed,
     gate_tensors,
     layout,
     refuse,
@@ -74,6 +75,7 @@ _DEFAULTS: dict[str, Any] = {
     "phm_bias": True,
     "stochastic_depth": 0.0,
 }
+_REQUIRED = ("architecture", "mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
 _REFUSED = {
     "phm_layer": "its matrices are sums of Kronecker products (Compacter)",
     "ln_after": "a norm behind the bottleneck",
@@ -107,7 +109,7 @@ def read_bottlenecks(config: Mapping[str, Any], name: str, names: Names, weights
     Raises:
         CheckpointError: if it says what deltune cannot do.
     """
-    config = {**_DEFAULTS, **config}
+    config, unknown = completed(config, _DEFAULTS, _REQUIRED)
     refuse(config, _REFUSED)
     kind = _kind(config)
     places = _places(names, config)
@@ -118,7 +120,8 @@ def read_bottlenecks(config: Mapping[str, Any], name: str, names: Names, weights
             if names.index(part) not in left_out:
                 widths.setdefault(_width(config["reduction_factor"], names, part), []).append(part)
     gating = bool(config["use_gating"])
-    notes = ("in training its dropout acts inside of the bottleneck, not behind it",) if config["dropout"] else ()
+    dropout = ("in training its dropout acts inside of the bottleneck, not behind it",) if config["dropout"] else ()
+    notes = (*unknown, *dropout)
     pieces = []
     for width, everywhere in widths.items():
         for pooling, parts in by_pooling(names, everywhere, gating):

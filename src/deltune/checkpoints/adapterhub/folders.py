@@ -16,7 +16,7 @@ from deltune.checkpoints.adapterhub.heads import HEAD_CONFIG, HEAD_WEIGHTS, has_
 from deltune.checkpoints.adapterhub.names import Names
 from deltune.checkpoints.adapterhub.reading import read_adapter
 from deltune.checkpoints.adapterhub.writing import written, written_adapter
-from deltune.checkpoints.files import write_json, write_tensors
+from deltune.checkpoints.files import staged, write_json, write_tensors
 from deltune.checkpoints.formats import Format, Saved
 from deltune.checkpoints.weights import read_config, read_weights
 from deltune.errors import CheckpointError
@@ -29,6 +29,8 @@ _WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 _FUSION_CONFIG = "adapter_fusion_config.json"
 _FUSION_WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
 _SETUP = "adapter_setup.json"
+#: What an earlier save may have left in a folder; what says the most of it first.
+_STALE = (_SETUP, _FUSION_CONFIG, _CONFIG, HEAD_CONFIG, *_WEIGHTS, *_FUSION_WEIGHTS, *HEAD_WEIGHTS)
 #: The version whose format is written.
 _VERSION = "adapters.1.3.0"
 
@@ -45,7 +47,7 @@ class AdapterHub(Format):
             return True
         try:
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(config, dict) and "config" in config and "peft_type" not in config
 
@@ -75,15 +77,16 @@ class AdapterHub(Format):
         """Write what the library's ``load_adapter`` reads; for a fusion its ``load_adapter_setup``."""
         names = Names(model, anatomy)
         head = written_head(attachment, model)
-        if isinstance(attachment.method, AdapterFusion):
-            _write_fusion(attachment, model, names, folder, head is not None)
-        else:
-            found = written_adapter(attachment, attachment.name, names)
-            _write_files(folder, {"config": found.config, "name": attachment.name}, found.tensors, model, names)
-        if head is not None:
-            described, tensors = head
-            write_tensors(folder / HEAD_WEIGHTS[0], tensors, {"format": "pt"})
-            write_json(folder / HEAD_CONFIG, {**_model_facts(model), **described})
+        with staged(folder, _STALE) as place:
+            if isinstance(attachment.method, AdapterFusion):
+                _write_fusion(attachment, model, names, place, head is not None)
+            else:
+                found = written_adapter(attachment, attachment.name, names)
+                _write_files(place, {"config": found.config, "name": attachment.name}, found.tensors, model, names)
+            if head is not None:
+                described, tensors = head
+                write_tensors(place / HEAD_WEIGHTS[0], tensors, {"format": "pt"})
+                write_json(place / HEAD_CONFIG, {**_model_facts(model), **described})
         return folder
 
 
@@ -101,7 +104,7 @@ def _read_setup(folder: Path, model: nn.Module, anatomy: Anatomy, pickled: bool)
     setup = read_config(folder / _SETUP)
     block, head = setup.get("adapter_setup") or {}, setup.get("head_setup")
     names = _children(block)
-    with_head = folder / head if isinstance(head, str) else folder
+    with_head = folder / _plain(head) if isinstance(head, str) else folder
     if block.get("type") == "Fuse":
         return _read_fusion(folder / ",".join(names), folder, model, anatomy, pickled), with_head
     if len(names) == 1:
@@ -125,8 +128,19 @@ def _children(block: Mapping[str, Any]) -> list[str]:
             raise CheckpointError(
                 f"{_SETUP} nests compositions ({block.get('type')} of {child.get('type')}), which are not read."
             )
-        found.append(inner[0])
+        found.append(_plain(inner[0]))
     return found
+
+
+def _plain(name: str) -> str:
+    """The name of a folder in a folder.
+
+    Raises:
+        CheckpointError: if it leads elsewhere.
+    """
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\:\0"):
+        raise CheckpointError(f"{name!r} is no name of an adapter: it would be a folder elsewhere. Nothing was loaded.")
+    return name
 
 
 def _read_fusion(folder: Path, around: Path, model: nn.Module, anatomy: Anatomy, pickled: bool) -> Saved:
@@ -138,7 +152,7 @@ def _read_fusion(folder: Path, around: Path, model: nn.Module, anatomy: Anatomy,
     described = read_config(folder / _FUSION_CONFIG)
     names = described.get("adapter_names") or str(described.get("name")).split(",")
     adapters = []
-    for name in names if isinstance(names, list) else names.split(","):
+    for name in map(_plain, names if isinstance(names, list) else names.split(",")):
         place = next((place / name for place in (folder, around) if (place / name).is_dir()), None)
         if place is None:
             raise CheckpointError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deltune.attachment import Attachment
 from deltune.backbone import Anatomy
 from deltune.checkpoints.adapterhub.names import Names, Weights, known_model, other_parts, usable_name
-from deltune.checkpoints.adapterhub.pieces import Acting, Stored, refuse
+from deltune.checkpoints.adapterhub.pieces import Acting, Stored, completed, refuse
 from deltune.checkpoints.formats import Saved
 from deltune.errors import CheckpointError
 from deltune.methods import parse
@@ -63,7 +63,7 @@ def read_fusion(
     Raises:
         CheckpointError: if it says what deltune cannot do, or these adapters cannot be fused.
     """
-    config = {**_DEFAULTS, **(described.get("config") or {})}
+    config, unknown = completed(described.get("config") or {}, _DEFAULTS)
     refuse(config, _REFUSED)
     if not (config["query"] and config["key"]):
         raise CheckpointError(
@@ -99,7 +99,7 @@ def read_fusion(
         method=method,
         tensors={**values, **weights.left},
         base_model=known_model(described, model),
-        notes=tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes)),
+        notes=tuple(dict.fromkeys((*unknown, *(note for adapter in adapters for note in adapter.notes)))),
     )
 
 

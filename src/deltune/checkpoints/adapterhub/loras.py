@@ -20,6 +20,7 @@ from deltune.checkpoints.adapterhub.pieces import (
     Stored,
     Written,
     by_pooling,
+    completed,
     layout,
     refuse,
     uses_gates,
@@ -75,8 +76,9 @@ def read_loras(config: Mapping[str, Any], name: str, names: Names, weights: Weig
     Raises:
         CheckpointError: if it says what deltune cannot do.
     """
-    config = {**_DEFAULTS, **config}
+    config, notes = completed(config, _DEFAULTS)
     refuse(config, {"vera_d": _VERA, "vera_b": _VERA})
+    _check_gates(bool(config["use_gating"]), ia3=config["composition_mode"] == "scale", dora=bool(config["use_dora"]))
     left_out = set(config["leave_out"] or ())
     locations = _locations(names, config["attn_matrices"])
     everywhere = [
@@ -91,7 +93,7 @@ def read_loras(config: Mapping[str, Any], name: str, names: Names, weights: Weig
     pieces = []
     for pooling, parts in by_pooling(names, everywhere, bool(config["use_gating"])):
         for targets, group in covering(names.anatomy, parts):
-            pieces.append(Piece(method.from_options({**_given(method), "targets": targets}), {}, pooling=pooling))
+            pieces.append(Piece(method.from_options({**_given(method), "targets": targets}), {}, notes, pooling))
             values = pieces[-1].values
             for module, fused in _modules(group, names).items():
                 _take(values, fused, f"{module}.loras.{name}", found, weights)
@@ -122,6 +124,24 @@ def _method(config: Mapping[str, Any], parts: Sequence[Part], names: Names) -> t
         LoRA(rank=config["r"], alpha=alpha, dropout=config["dropout"], weight_decomposed=dora),
         _DORA if dora else _LORA,
     )
+
+
+def _check_gates(gating: bool, *, ia3: bool, dora: bool) -> None:
+    """Refuse gates of methods in which the library's gates are not factors of the change.
+
+    Raises:
+        CheckpointError: if this is one.
+    """
+    if gating and (ia3 or dora):
+        what, done = (
+            ("(IA)^3", "multiplies the vector, l g, and not its change, 1 + g (l - 1)")
+            if ia3
+            else ("DoRA", "multiplies the product of the factors alone, below the magnitudes and norms")
+        )
+        raise CheckpointError(
+            f"A gate of {what} in AdapterHub's library {done}, which is another function than deltune's gate of the "
+            "whole change: it is neither read nor written. Save it in deltune's own format."
+        )
 
 
 def _check_dora(scale: float, parts: Iterable[Part], names: Names) -> None:
@@ -195,6 +215,7 @@ def write_loras(methods: Sequence[Stored], name: str, names: Names) -> list[Writ
     kind = type(methods[0].method).name
     config, found = _scales(forms) if isinstance(methods[0].method, IA3) else _low_ranks(forms, names)
     if uses_gates(forms):
+        _check_gates(True, ia3=isinstance(methods[0].method, IA3), dora=bool(config["use_dora"]))
         config["use_gating"] = True
         found = {**found, **_GATE}
     parts = [acting.part for acting in forms]

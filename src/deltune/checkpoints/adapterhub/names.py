@@ -203,14 +203,31 @@ class Names:
 
 
 class Weights:
-    """The tensors of a file by their relative names, from which readers take what they know."""
+    """The tensors of a file by their relative names, from which readers take what they know.
+
+    Raises:
+        CheckpointError: if two tensors have one relative name.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Names) -> None:
-        self.left = {names.relative(key): value for key, value in tensors.items()}
+        self.left: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            relative = names.relative(key)
+            if relative in self.left:
+                raise CheckpointError(f"The file has the tensor {relative} twice, once as {key}. Copy it again.")
+            self.left[relative] = value
 
     def take(self, name: str) -> Tensor | None:
-        """The tensor of that name, which is then gone; None if there is none."""
-        return self.left.pop(name, None)
+        """The tensor of that name, which is then gone; None if there is none.
+
+        Raises:
+            CheckpointError: if it holds no floating-point numbers.
+        """
+        value = self.left.pop(name, None)
+        if value is not None and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{name} is {kind} in the file, where floating-point numbers belong.")
+        return value
 
     def take_into(self, values: dict[str, Tensor], found: Mapping[str, str]) -> None:
         """Move tensors to ``values``: from the library's name, the value in ``found``, to ours, its key."""
@@ -237,8 +254,9 @@ def known_model(described: Mapping[str, Any], model: nn.Module) -> dict[str, Any
 
 
 def usable_name(name: str) -> str:
-    """A name of the library's as deltune can have it: without commas and the like."""
-    return re.sub(r"[^\w-]", "_", name)
+    """A name of the library's as deltune can have it: without commas and the like, and none of a module's methods."""
+    found = re.sub(r"[^\w-]", "_", name)
+    return f"{found}_" if hasattr(nn.Module, found) else found
 
 
 def covering(anatomy: Anatomy, parts: Iterable[Part]) -> list[tuple[Targets, list[Part]]]:

@@ -21,6 +21,7 @@ __all__ = [
     "Stored",
     "Written",
     "by_pooling",
+    "completed",
     "gate_tensors",
     "layout",
     "refuse",
@@ -76,6 +77,21 @@ class Written:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def completed(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], required: Collection[str] = ()
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A configuration with the defaults of what it leaves out, and what a user should know of the options in it.
+
+    Args:
+        config: as it was read.
+        defaults: every option that is known, with its default.
+        required: those without one.
+    """
+    unknown = [name for name, value in config.items() if value and name not in defaults and name not in required]
+    notes = tuple(f"the option {name}={config[name]!r} is not known to deltune and was ignored" for name in unknown)
+    return {**defaults, **config}, notes
 
 
 def refuse(config: Mapping[str, Any], refused: Mapping[str, str]) -> None:

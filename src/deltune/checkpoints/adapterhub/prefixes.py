@@ -22,6 +22,7 @@ from deltune.checkpoints.adapterhub.pieces import (
     Stored,
     Written,
     by_pooling,
+    completed,
     gate_tensors,
     layout,
     take_gate,
@@ -70,7 +71,7 @@ def read_prefixes(config: Mapping[str, Any], name: str, names: Names, weights: W
     Raises:
         CheckpointError: if it says what deltune cannot do, or a tensor is not as large as it says.
     """
-    config = {**_DEFAULTS, **config}
+    config, notes = completed(config, _DEFAULTS)
     _check_family(names)
     if config["use_gating"] and not config["shared_gating"]:
         raise CheckpointError(
@@ -107,7 +108,7 @@ def read_prefixes(config: Mapping[str, Any], name: str, names: Names, weights: W
                 length=config["prefix_length"], reparameterize=False, dropout=config["dropout"], targets=targets
             )
             own = {f"{part.key}.{each}" for part in group for each in ("keys", "values")}
-            pieces.append(Piece(method, {key: values[key] for key in values if key in own}, pooling=pooling))
+            pieces.append(Piece(method, {key: values[key] for key in values if key in own}, notes, pooling))
             for part in group if config["use_gating"] else ():
                 take_gate(pieces[-1].values, part.key, _gate(part, name, names), weights)
     return pieces

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deltune.checkpoints.adapterhub.names import Names, Weights
-from deltune.checkpoints.adapterhub.pieces import Piece, Stored, Written
+from deltune.checkpoints.adapterhub.pieces import Piece, Stored, Written, completed
 from deltune.errors import CheckpointError
 from deltune.methods.additive.prompt_tuning import Prompt, PromptTuning
 
@@ -42,7 +42,7 @@ def read_prompts(config: Mapping[str, Any], name: str, names: Names, weights: We
     Raises:
         CheckpointError: if it says what deltune cannot do.
     """
-    config = {**_DEFAULTS, **config}
+    config, notes = completed(config, _DEFAULTS)
     if config["combine"] != "prefix":
         raise CheckpointError(
             f"The prompt was trained with combine={config['combine']}, behind the first token of the text. deltune "
@@ -53,7 +53,7 @@ def read_prompts(config: Mapping[str, Any], name: str, names: Names, weights: We
     (stack,) = names.family.stacks
     values: dict[str, Tensor] = {}
     weights.take_into(values, {f"{stack}.embeddings.rows": _table(name)})
-    return [Piece(method, values)]
+    return [Piece(method, values, notes)]
 
 
 def _check_model(names: Names) -> None:

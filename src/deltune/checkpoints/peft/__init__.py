@@ -31,8 +31,10 @@ class PEFT(Format):
         """By its weights, whose name no other library takes, or by a ``peft_type`` in its configuration."""
         if (folder / TENSOR_FILE).is_file() or (folder / PICKLE_FILE).is_file():
             return True
-        file = folder / CONFIG_FILE
-        return file.is_file() and b'"peft_type"' in file.read_bytes()
+        try:
+            return b'"peft_type"' in (folder / CONFIG_FILE).read_bytes()
+        except OSError:
+            return False
 
     def read(self, folder: Path, model: nn.Module, anatomy: Anatomy, pickled: bool) -> Saved:
         """What the folder holds, as a method of deltune that gives the same outputs."""

@@ -59,7 +59,9 @@ class Contents:
             ending = next((ending for ending in endings if key.endswith(f".{ending}")), None)
             module = None if ending is None else self.module_of(key.removeprefix(PREFIX)[: -len(ending) - 1])
             if ending is not None and module is not None and key.startswith(PREFIX):
-                found.setdefault(module, {})[ending] = self.tensors.pop(key)
+                if ending in found.setdefault(module, {}):
+                    self._problems.setdefault("twice", []).append(f"{key}, which another name in the file means too")
+                found[module][ending] = self.tensors.pop(key)
         if not found:
             self.finish()
             raise CheckpointError(f"{self.folder} has no tensors of a {self.config['peft_type']} adapter.")
@@ -91,7 +93,11 @@ class Contents:
         self._problems.setdefault("unexpected", []).append(key)
 
     def fits(self, key: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:
-        """Whether ``tensor`` has this shape; noted if not."""
+        """Whether ``tensor`` has this shape, and holds floating-point numbers; noted if not."""
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            self._problems.setdefault("no floating-point numbers", []).append(f"{key} is {kind}")
+            return False
         if tuple(tensor.shape) != shape:
             self._problems.setdefault("misshapen", []).append(
                 f"{key} is {tuple(tensor.shape)} in the file and {shape} in the model"

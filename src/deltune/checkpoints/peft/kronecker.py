@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltune.checkpoints.expressions import sites_at
 from deltune.checkpoints.peft.contents import Contents
-from deltune.checkpoints.peft.layout import PREFIX, Options, pattern_value
+from deltune.checkpoints.peft.layout import PREFIX, Options, number, pattern_value
 from deltune.errors import CheckpointError
 from deltune.methods import Method
 from deltune.methods.reparameterized.krona import KronA, KroneckerWeight
@@ -39,12 +39,14 @@ def read_lokr(contents: Contents) -> list[tuple[Method, dict[str, Tensor]]]:
         CheckpointError: if the change cannot be represented.
     """
     config = contents.config
-    rank, alpha = int(config.get("r", 8)), float(config.get("alpha", 8))
+    rank, alpha = number("r", config.get("r", 8)), number("alpha", config.get("alpha", 8))
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     scales: dict[str, float] = {}
     for module, tensors in contents.adapters(_ENDINGS).items():
-        own_rank = int(pattern_value(config.get("rank_pattern"), module, rank))
-        scales[module] = float(pattern_value(config.get("alpha_pattern"), module, alpha)) / own_rank
+        own_rank = number("rank_pattern", pattern_value(config.get("rank_pattern"), module, rank))
+        if own_rank < 1:
+            raise CheckpointError(f"{contents.folder} says the rank {own_rank:g} of {module}. Nothing was loaded.")
+        scales[module] = number("alpha_pattern", pattern_value(config.get("alpha_pattern"), module, alpha)) / own_rank
         left, right = (_factor(contents, module, tensors, name) for name in ("lokr_w1", "lokr_w2"))
         if left is not None and right is not None:
             factors[module] = left, right

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ __all__ = [
     "PROMPT_PREFIX",
     "TENSOR_FILE",
     "Options",
+    "number",
     "pattern_value",
     "targeted",
 ]
@@ -83,6 +85,21 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def number(name: str, value: Any) -> float:
+    """The value of the option ``name`` as a number.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise CheckpointError(f"{CONFIG_FILE} says {name}={value!r}, which is no number. Nothing was loaded.")
+    return found
 
 
 def targeted(config: Mapping[str, Any], module: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltune.backbone import matrix_shape
 from deltune.checkpoints.expressions import sites_at
 from deltune.checkpoints.peft.contents import Contents
-from deltune.checkpoints.peft.layout import PREFIX, Options, pattern_value
+from deltune.checkpoints.peft.layout import PREFIX, Options, number, pattern_value
 from deltune.errors import CheckpointError
 from deltune.methods.reparameterized.lora import LoRA
 from deltune.methods.reparameterized.low_rank import RankPattern
@@ -108,12 +108,12 @@ def read_lora(contents: Contents) -> tuple[LoRA, dict[str, Tensor], dict[str, Te
             "that its factors mean nothing on the original one. Save it in peft with "
             "path_initial_model_for_weight_conversion, which makes an ordinary LoRA of it. Nothing was loaded."
         )
-    alpha = float(config.get("lora_alpha", 8))
+    alpha = number("lora_alpha", config.get("lora_alpha", 8))
     stabilized = bool(config.get("use_rslora", False))
     found = {}
     alphas: set[float] = set()
     for module, tensors in contents.adapters(_ENDINGS).items():
-        site_alpha = float(pattern_value(config.get("alpha_pattern"), module, alpha))
+        site_alpha = number("alpha_pattern", pattern_value(config.get("alpha_pattern"), module, alpha))
         factors = _factors(contents, module, tensors)
         if factors is not None:
             divisor = math.sqrt(factors.rank) if stabilized else factors.rank
@@ -129,6 +129,8 @@ def read_lora(contents: Contents) -> tuple[LoRA, dict[str, Tensor], dict[str, Te
         contents.notes.append(
             "some matrices have another alpha than the rest (alpha_pattern), which went into their B."
         )
+    if min(alphas, default=1.0) <= 0:
+        contents.notes.append("an alpha is not positive; the factor that it makes of each change went into B.")
     method, tensors = _method(contents, found, alpha, stabilized)
     biases = {module: factors.scale * factors.bias for module, factors in found.items() if factors.bias is not None}
     return method, tensors, biases
@@ -141,8 +143,8 @@ def read_adalora(contents: Contents) -> tuple[LoRA, dict[str, Tensor], dict[str,
         CheckpointError: if the change cannot be represented.
     """
     config = contents.config
-    initial = int(config.get("init_r", 12))
-    alpha = float(config.get("lora_alpha", 8))
+    initial = int(number("init_r", config.get("init_r", 12)))
+    alpha = number("lora_alpha", config.get("lora_alpha", 8))
     scale = (alpha if alpha > 0 else float(initial)) / (initial + 1e-5)
     found = {}
     for module, tensors in contents.adapters(("lora_A", "lora_B", "lora_E")).items():
@@ -227,7 +229,7 @@ def _method(
     method = LoRA(
         rank=rank,
         alpha=_usual_alpha(found.values(), alpha, stabilized),
-        dropout=float(contents.config.get("lora_dropout", 0.0)),
+        dropout=number("lora_dropout", contents.config.get("lora_dropout", 0.0)),
         rank_stabilized=stabilized,
         weight_decomposed=decomposed,
         rank_pattern=RankPattern.text(ranks, rank) or None,
@@ -244,7 +246,7 @@ def _method(
 
 
 def _usual_alpha(found: Any, alpha: float, stabilized: bool) -> float:
-    """The alpha of most matrices, so that fewest values of B must be scaled."""
+    """The alpha of most matrices, so that fewest values of B must be scaled; without its sign, which goes into B."""
     alphas = [factors.scale * (math.sqrt(factors.rank) if stabilized else factors.rank) for factors in found]
     usual = Counter(round(value, 9) for value in alphas).most_common(1)[0][0]
-    return alpha if math.isclose(usual, alpha) or usual <= 0 else usual
+    return abs(alpha if math.isclose(usual, alpha) else usual) or 1.0

@@ -25,7 +25,7 @@ from deltune.methods.reparameterized.krona import KroneckerWeight
 from deltune.methods.reparameterized.low_rank import DecomposedLowRank, LowRank
 from deltune.sites import Form, PositionShift, Site, TokenSite, WeightSite, token_sites
 
-__all__ = ["Placed", "Written", "write_ia3", "write_lokr", "write_lora", "write_prefix", "write_rows"]
+__all__ = ["Placed", "Written", "joined_factors", "write_ia3", "write_lokr", "write_lora", "write_prefix", "write_rows"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def write_lora(placed: list[Placed], model: nn.Module, anatomy: Anatomy) -> Writ
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     for module, forms in by_module.items():
-        factor_A, factor_B, scales[module] = _joined(forms, model.get_submodule(module))
+        whole = next((site.out_features for site, _ in forms if site.rows is None), None)
+        rows = out_features(model.get_submodule(module)) if whole is None else whole
+        factor_A, factor_B, scales[module] = joined_factors(forms, rows)
         ranks[module] = factor_A.shape[0]
         site = forms[0][0]
         name = f"{PREFIX}{module}"
@@ -104,12 +106,11 @@ def _alone(forms: list[tuple[WeightSite, LowRank]]) -> bool:
     return len(forms) == 1 and forms[0][0].rows is None
 
 
-def _joined(forms: list[tuple[WeightSite, LowRank]], module: nn.Module) -> tuple[Tensor, Tensor, float]:
-    """A (R, in), B (all rows, R) and s of all changes of one matrix."""
+def joined_factors(forms: list[tuple[WeightSite, LowRank]], rows: int) -> tuple[Tensor, Tensor, float]:
+    """A (R, in), B (rows, R) and s of all changes of one matrix of so many rows."""
     first = forms[0][1]
     if _alone(forms):
         return first.A, first.B, first.scale
-    rows = out_features(module)
     blocks = []
     for site, form in forms:
         block = form.B.new_zeros(rows, form.B.shape[1])

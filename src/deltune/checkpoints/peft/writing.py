@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from deltune.attachment import Attachment
 from deltune.backbone import Anatomy
-from deltune.checkpoints.files import write_json, write_tensors
-from deltune.checkpoints.peft.layout import CONFIG_FILE, PREFIX, PROMPT_PREFIX, TENSOR_FILE
+from deltune.checkpoints.files import staged, write_json, write_tensors
+from deltune.checkpoints.peft.layout import CONFIG_FILE, PICKLE_FILE, PREFIX, PROMPT_PREFIX, TENSOR_FILE
 from deltune.checkpoints.peft.tuners import Placed, Written, write_ia3, write_lokr, write_lora, write_prefix, write_rows
 from deltune.errors import CheckpointError
 from deltune.methods.additive.ia3 import InputScale, OutputScale
@@ -75,8 +75,9 @@ def write(attachment: Attachment, model: nn.Module, anatomy: Anatomy, folder: Pa
         **written.config,
     }
     tensors = {**written.tensors, **_selected(attachment, written, config, model, learned)}
-    write_tensors(folder / TENSOR_FILE, tensors, {"format": "pt"})
-    write_json(folder / CONFIG_FILE, config)
+    with staged(folder, (CONFIG_FILE, TENSOR_FILE, PICKLE_FILE)) as place:
+        write_tensors(place / TENSOR_FILE, tensors, {"format": "pt"})
+        write_json(place / CONFIG_FILE, config)
     return folder
 
 
