@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -225,3 +226,25 @@ def test_deltas_follow_a_model_that_was_changed_meanwhile(method: str) -> None:
     assert found.dtype == torch.float64
     assert all(value.dtype == torch.float64 for value in head_of(tuned, "a").values())
     assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("state", ["stacked", "routed"])
+def test_a_merge_that_fails_leaves_what_was_live(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = several("pfeiffer-adapter(width=4)", names="ab", head="base")
+
+    def broken(*_: object) -> None:
+        raise StateError("no space left")
+
+    monkeypatch.setattr("deltune.merging.merge.fill", broken)
+    tuned.activate("a", "b", stacked=True, frozen="a")
+    if state != "stacked":
+        tuned.route(["a", None, "b"])
+    before = copy.copy(tuned.control.live), tuned.control.route, tuned.control.stacked, tuned.control.frozen
+    with pytest.raises(StateError, match="no space left"):
+        merge_deltas(tuned, ["a", "b"], "m")
+    assert (tuned.control.live, tuned.control.route, tuned.control.stacked, tuned.control.frozen) == before
+    assert list(tuned.attachments) == ["a", "b"]
+    # and what the route has hidden comes back
+    tuned.route(None)
+    assert (tuned.control.live, tuned.control.stacked) == ({"a": 1.0, "b": 1.0}, True)
+    assert tuned.control.frozen == {"a"}

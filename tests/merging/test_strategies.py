@@ -250,3 +250,12 @@ def test_biases_that_were_added_are_merged_by_bitfit_and_refused_as_entries() ->
     with pytest.raises(StateError, match=r"has added \S+bias, which the model does not have"):
         merge_deltas(both, ["a", "b"], "m", strategy="ties")
     merge_deltas(both, ["a", "b"], "m", strategy="ties", rank=4)
+
+
+def test_sums_of_other_lengths_that_change_weights() -> None:
+    tuned = several("lora(rank=2) + bitfit", "full", names="ab", dtype=torch.float64)
+    one, other = (changes_of(tuned, name) for name in "ab")
+    merge_deltas(tuned, ["a", "b"], "m", weights=[1, -2], missing="zero")
+    padded = {key: one.get(key, np.zeros_like(value)) for key, value in other.items()}
+    wanted = reference.linear([padded, other], [1, -2])
+    assert largest_difference(changes_of(tuned, "m", set(wanted)), wanted) < 1e-12

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltune.errors import StateError
-from deltune.merging.reading import Delta, part_of, parts
+from deltune.merging.reading import Delta
+from deltune.merging.terms import term_of
 
 __all__ = ["check_alike", "initial_values", "warn_of_other_starts"]
 
@@ -59,21 +60,21 @@ def initial_values(initial: Delta, deltas: Sequence[Delta]) -> dict[str, Tensor]
     """What the deltas' tensors that are merged by name have started from.
 
     Args:
-        initial: a delta that holds it.
+        initial: a delta that holds it, where it is not known anyway.
         deltas: alike.
 
     Raises:
         StateError: if they have none, or others; naming the tensor.
     """
     first = deltas[0]
-    if not first.values:
+    if not first.values.keys() - first.starts.keys():
         raise StateError(
             f"{first.method} needs no initial values: the model itself holds what it changes. Leave initial out."
         )
     _check_keys(first, initial, first.values, initial.values, "")
     for key, value in first.values.items():
         _check_shape(first, initial, key, value, initial.values[key])
-    return initial.values
+    return {**initial.values, **first.starts}
 
 
 def _of_other_methods(first: Delta, other: Delta) -> StateError:
@@ -108,22 +109,29 @@ def _check_shape(first: Delta, other: Delta, key: str, mine: Tensor, its: Tensor
 
 def _check_options(first: Delta, other: Delta) -> None:
     """Options of a method whose tensors are merged by name say what these mean."""
-    for number, (one, two) in enumerate(zip(parts(first.method), parts(other.method), strict=True)):
-        keys = [key for key in first.values if part_of(first.method, key)[0] == number]
-        if not keys:
-            continue
-        mine, its = _options(one.to_dict()), _options(two.to_dict())
-        different = [name for name in mine if mine[name] != its.get(name)]
-        if different:
-            name = different[0]
+    keys: dict[str, str] = {}
+    for key in first.values:
+        keys.setdefault(term_of(first.method, key).path, key)
+    for key in keys.values():
+        one, two = term_of(first.method, key).method, term_of(other.method, key).method
+        for name, mine, its in _differences(one.to_dict(), two.to_dict()):
             raise StateError(
-                f"{keys[0]} and all of {one.name} mean other things in {first.name!r} and in {other.name!r}: {name} is "
-                f"{mine[name]} in one and {its.get(name)} in the other. Merge deltas of equal options."
+                f"{key} and all of {one.name} mean other things in {first.name!r} and in {other.name!r}: {name} is "
+                f"{mine} in one and {its} in the other. Merge deltas of equal options."
             )
 
 
-def _options(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in _OF_TRAINING}
+def _differences(mine: Mapping[str, Any], its: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Options that differ, those of the parts of a gated sum included: name and both values."""
+    for name, value in mine.items():
+        other = its.get(name)
+        if name in _OF_TRAINING or value == other:
+            continue
+        if name == "methods" and isinstance(other, list) and len(value) == len(other):
+            for one, two in zip(value, other, strict=True):
+                yield from ((f"{option} of {one['name']}", *both) for option, *both in _differences(one, two))
+        else:
+            yield name, value, other
 
 
 def warn_of_other_starts(deltas: Sequence[Delta], initial: Mapping[str, Tensor] | None) -> None:
@@ -136,7 +144,8 @@ def warn_of_other_starts(deltas: Sequence[Delta], initial: Mapping[str, Tensor] 
         deltas: alike.
         initial: the initial values that all shall have started from, if they are given.
     """
-    keys = [key for key, value in deltas[0].values.items() if value.dim() >= 2]
+    known = deltas[0].starts
+    keys = [key for key, value in deltas[0].values.items() if value.dim() >= 2 and key not in known]
     if not keys:
         return
 

@@ -89,14 +89,17 @@ def lora_of(
 
     Args:
         ranks: by key of the site.
-        methods: of the deltas, whose targets are taken if all have the same.
+        methods: of the deltas, whose targets are taken if all have the same and these select every site.
         model: the bare model.
         anatomy: its parts.
     """
     targets = {getattr(method, "targets", None) for method in methods}
     (common,) = targets if len(targets) == 1 else (None,)
-    chosen = common if isinstance(common, Targets) else _targets_of(ranks, model, anatomy)
-    every = {site.key: 0 for site in _sites(model, anatomy, chosen)}
+    chosen = common if isinstance(common, Targets) else None
+    every = {} if chosen is None else {site.key: 0 for site in _sites(model, anatomy, chosen)}
+    if chosen is None or not ranks.keys() <= every.keys():
+        chosen = _targets_of(ranks, model, anatomy)
+        every = {site.key: 0 for site in _sites(model, anatomy, chosen)}
     default, _ = Counter(ranks.values()).most_common(1)[0]
     pattern = RankPattern.text({**every, **ranks}, default) or None
     method = LoRA(rank=default, alpha=float(default), rank_pattern=pattern, targets=chosen)

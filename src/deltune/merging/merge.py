@@ -98,8 +98,9 @@ def merge_deltas(
     are, scales folded in, whatever their ranks and factors: a matrix's change is dW (d_out, d_in), a parameter's the
     difference from its frozen value. Changes of matrices stay low-rank where their sum is: a LoRA whose rank is the sum
     of the ranks. Other results (of TIES, DARE, DoRA, KronA, masks) are changed entries of the model's parameters, or
-    with ``rank`` the nearest LoRA of that rank. Everything else (adapters, prompts, prefixes) is merged tensor by
-    tensor, which means something only if all started from the same initial values. All is computed in float32 at least.
+    with ``rank`` the nearest LoRA of that rank. Of (IA)^3 the vectors are merged, as differences from one: their sum is
+    that of the changes. Everything else (adapters, prompts, prefixes, whatever has a gate) is merged tensor by tensor,
+    which means something only if all started from the same initial values. All is computed in float32 at least.
 
     Args:
         tuned: the model with its deltas.
@@ -148,15 +149,17 @@ def merge_deltas(
         modules = dict(tuned.model.named_modules(remove_duplicate=False))
         read = comparable([read_delta(tuned.attachments[item], modules) for item in deltas])
         check_alike(read, missing)
-        start = None if initial is None else initial_values(read_delta(find(tuned.attachments, initial), modules), read)
+        start: Mapping[str, Tensor] = read[0].starts
+        if initial is not None:
+            start = initial_values(read_delta(find(tuned.attachments, initial), modules), read)
         if read[0].values:
-            warn_of_other_starts(read, start)
+            warn_of_other_starts(read, None if initial is None else start)
         head = chosen_head(read, plan.weights, heads)
         result = _merged(read, plan, start, tuned)
     attachment = _attach(tuned, result, read, head, name)
     attachment.task = task_of(read, heads, headless=not tuned.anatomy.head)
-    named = bool(read[0].values)
-    changed = any(delta.matrices or delta.own for delta in read)
+    named = bool(read[0].values) and not result.entries
+    changed = result.entries or any(delta.matrices or delta.own for delta in read)
     return Merged(
         name=name,
         method=str(attachment.method),
@@ -209,7 +212,7 @@ def analogy(tuned: Tuned, a: str, b: str, c: str, name: str, *, heads: str | Non
     return merge_deltas(tuned, [c, b, a], name, weights=[1.0, 1.0, -1.0], heads=heads)
 
 
-def _merged(deltas: Sequence[Delta], plan: Plan, initial: Mapping[str, Tensor] | None, tuned: Tuned) -> Result:
+def _merged(deltas: Sequence[Delta], plan: Plan, initial: Mapping[str, Tensor], tuned: Tuned) -> Result:
     """The merged delta, computed on the bare model."""
     matrices = any(delta.matrices for delta in deltas)
     if deltas[0].lifted and (plan.rank is not None or plan.strategy in ("svd", "concatenate")):
@@ -219,8 +222,8 @@ def _merged(deltas: Sequence[Delta], plan: Plan, initial: Mapping[str, Tensor] |
         )
     if not matrices and (plan.rank is not None or plan.strategy in ("svd", "concatenate")):
         raise StateError(
-            f"A rank is one of changed matrices, and {deltas[0].method} has no forms that change any. Use the strategy "
-            "linear, ties, dare or dare-ties, without rank."
+            f"A rank is one of changed matrices, and {deltas[0].method} has no forms that change any, or none that are "
+            "merged as changes of matrices. Use the strategy linear, ties, dare or dare-ties, without rank."
         )
     live = [(delta, factor) for delta, factor in zip(deltas, plan.factors, strict=True) if factor]
     exact = plan.sums and plan.strategy != "svd" and plan.rank is None
@@ -235,14 +238,13 @@ def _merged(deltas: Sequence[Delta], plan: Plan, initial: Mapping[str, Tensor] |
         (only, _), *_ = live
         return Result(only.method, {key: value for key, value in only.tensors.items() if key not in only.head})
     one = plan.sums and math.isclose(sum(plan.factors), 1.0, abs_tol=1e-9)
-    if deltas[0].values and initial is None and not one:
+    unknown = next((key for key in deltas[0].values if key not in initial), None)
+    if unknown is not None and not one:
         raise StateError(
-            f"{next(iter(deltas[0].values))} of {deltas[0].method} is merged as a change from its initial value, which "
+            f"{unknown} of {deltas[0].method} is merged as a change from its initial value, which "
             "deltas do not hold. Give initial=, an attached delta as it was before training (attach with the seed of "
             "the training, or save it untrained); or merge linearly with weights that add up to one, which needs none."
         )
-    vectors = [_vector(delta, deltas, initial) for delta in deltas]
-    total = plan.apply(vectors, [delta.name for delta in deltas])
     by_entries = any(delta.by_entries or delta.lifted or delta.own.keys() != deltas[0].own.keys() for delta in deltas)
     rank = plan.rank
     if plan.strategy == "svd" and rank is None:
@@ -251,7 +253,12 @@ def _merged(deltas: Sequence[Delta], plan: Plan, initial: Mapping[str, Tensor] |
         raise StateError(
             f"{deltas[0].method} changes entries of the model's own parameters, which have no rank. Leave rank out."
         )
-    if by_entries or (matrices and products is None and rank is None):
+    entries = by_entries or (matrices and products is None and rank is None)
+    if entries:  # which hold no vectors
+        deltas = [delta.unscaled() for delta in deltas]
+    vectors = [_vector(delta, deltas, initial) for delta in deltas]
+    total = plan.apply(vectors, [delta.name for delta in deltas])
+    if entries:
         return as_entries(deltas, total, tuned.model, tuned.anatomy)
     named = named_values(deltas, total, initial)
     if not matrices:
@@ -259,7 +266,7 @@ def _merged(deltas: Sequence[Delta], plan: Plan, initial: Mapping[str, Tensor] |
     return as_low_rank(deltas, total if products is None else products, rank, named, tuned.model, tuned.anatomy)
 
 
-def _vector(delta: Delta, deltas: Sequence[Delta], initial: Mapping[str, Tensor] | None) -> LazyVector:
+def _vector(delta: Delta, deltas: Sequence[Delta], initial: Mapping[str, Tensor]) -> LazyVector:
     """What a delta changes, tensor by tensor; zeros where only others change something."""
     makers: dict[str, Callable[[], Tensor]] = {}
     for other in deltas:
@@ -268,7 +275,7 @@ def _vector(delta: Delta, deltas: Sequence[Delta], initial: Mapping[str, Tensor]
         for key, own in other.own.items():
             makers[key] = delta.own[key].change if key in delta.own else partial(_zeros, own.change)
     for key, value in delta.values.items():
-        makers[key] = partial(_change, value, None if initial is None else initial[key])
+        makers[key] = partial(_change, value, initial.get(key))
     return LazyVector(makers)
 
 
@@ -300,19 +307,20 @@ def _greatest_rank(deltas: Sequence[Delta]) -> int:
 
 def _attach(tuned: Tuned, result: Result, deltas: Sequence[Delta], head: dict[str, Tensor], name: str) -> Attachment:
     """Attach the merged delta and fill it; if that fails all is as before."""
-    live = dict(tuned.control.live)
-    # initial values are drawn and overwritten at once: leave the caller's random numbers alone
-    with torch.random.fork_rng(devices=[]):
-        tuned.attach(result.method, name, train_head=bool(head))
-    attachment = tuned.attachments[name]
-    try:
-        for key, dtype in result.dtypes.items():
-            attachment.placed[key].form.to(dtype)
-        left_out = {key for delta in deltas for key in delta.head}
-        tensors = {**result.tensors, **head} if head else without_head(attachment, result.tensors, left_out)
-        fill(attachment, tensors, set(head), True, "The merged delta")
-    except Exception:
-        tuned.detach(name)
-        tuned.activate(*live, weights=live.values())
-        raise
+    # inside, the caller's state is kept, for the case that it fails; routing and stacking included
+    with tuned.activated():
+        # initial values are drawn and overwritten at once: leave the caller's random numbers alone
+        with torch.random.fork_rng(devices=[]):
+            tuned.attach(result.method, name, train_head=bool(head))
+        attachment = tuned.attachments[name]
+        try:
+            for key, dtype in result.dtypes.items():
+                attachment.placed[key].form.to(dtype)
+            left_out = {key for delta in deltas for key in delta.head}
+            tensors = {**result.tensors, **head} if head else without_head(attachment, result.tensors, left_out)
+            fill(attachment, tensors, set(head), True, "The merged delta")
+        except Exception:
+            tuned.detach(name)
+            raise
+    tuned.activate(name)
     return attachment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,13 @@ from deltune.attachment import Attachment
 from deltune.checkpoints import stored_tensors
 from deltune.errors import StateError
 from deltune.folding import refuse_tied
-from deltune.methods import Method, Sum
+from deltune.merging.terms import term_of, terms
+from deltune.methods import Method
 from deltune.methods.reparameterized.decompositions import SharedSlice
 from deltune.methods.reparameterized.low_rank import LowRank
 from deltune.sites import Form, SelectionForm, WeightForm, WeightSite
 
-__all__ = ["Delta", "MatrixChange", "Own", "comparable", "part_of", "parts", "read_delta"]
+__all__ = ["Delta", "MatrixChange", "Own", "comparable", "read_delta"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,21 @@ class MatrixChange:
             )
         return self.site.in_weight(self.dense() if change is None else change, stored.shape)
 
+    def bias_change(self) -> Tensor | None:
+        """The change of the bias (rows) that comes with it, in float32 at least; None if there is none."""
+        bias = self.site.bias(self.module)
+        if bias is None:
+            return None
+        wide = torch.promote_types(self.dtype, torch.float32)
+        change = self.form.bias_delta_of(bias.detach().to(wide))
+        return None if change is None else change.detach()
+
+    def in_bias(self) -> Tensor:
+        """:meth:`bias_change`, where there is one, as one of the whole bias."""
+        change = self.bias_change()
+        assert change is not None
+        return self.site.in_bias(change, self.module.get_parameter("bias").shape)
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A (r, in) and s B (rows, r) with the change s B A, in float32 at least; None if it is no such product."""
         form = self.form
@@ -94,12 +110,12 @@ class Own:
     Attributes:
         tuned: its values.
         original: None for a bias that the model does not have.
-        matrices: changes of matrices that stand in it, besides.
+        further: what makes the changes of matrices, or of biases, that stand in it besides.
     """
 
     tuned: Tensor
     original: Tensor | None
-    matrices: tuple[MatrixChange, ...] = ()
+    further: tuple[Callable[[], Tensor], ...] = ()
 
     @property
     def start(self) -> Tensor:
@@ -110,8 +126,8 @@ class Own:
         """The difference, in float32 at least."""
         wide = torch.promote_types(self.tuned.dtype, torch.float32)
         change = (self.tuned.double() - self.start.to(self.tuned.device).double()).to(wide)
-        for matrix in self.matrices:
-            change = change + matrix.in_parameter().to(change)
+        for make in self.further:
+            change = change + make().to(change)
         return change
 
 
@@ -123,8 +139,11 @@ class Delta:
         name: its own.
         method: under which it is stored.
         matrices: changes of matrices by key of the site.
+        vectors: those that are linear in vectors of their own, so that the vectors can be merged in their place. They
+            are among ``values``, until :meth:`lift` or :meth:`unscaled`.
         own: of the model's own parameters, by full name; without the task head's.
         values: all other trained values, by key.
+        starts: what those of them have started from of which it is known, by key.
         buffers: what the file holds besides, by key.
         head: values of the task head, by full name.
         task: that it was trained for.
@@ -136,8 +155,10 @@ class Delta:
     name: str
     method: Method
     matrices: dict[str, MatrixChange] = field(default_factory=dict)
+    vectors: dict[str, MatrixChange] = field(default_factory=dict)
     own: dict[str, Own] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    starts: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     head: dict[str, Tensor] = field(default_factory=dict)
     task: dict[str, Any] | None = None
@@ -146,21 +167,54 @@ class Delta:
     lifted: bool = False
 
     def kinds(self) -> list[str]:
-        """What each part of its method is merged as: changes of matrices, of entries, or by the method's name."""
-        matrices = {part_of(self.method, key)[0] for key in self.matrices}
-        names = [part.name for part in parts(self.method)]
-        return (
-            ["entries"] if self.by_entries else ["matrices" if i in matrices else name for i, name in enumerate(names)]
-        )
+        """What each term of its method is merged as: changes of matrices, of entries, or by the method's name."""
+        if self.by_entries:
+            return ["entries"]
+        kinds = []
+        for term in terms(self.method):
+            matrices = any(key.startswith(term.path) for key in self.matrices)
+            # vectors at other matrices are other tensors, but comparable changes
+            vectors = sorted(key for key in self.vectors if key.startswith(term.path))
+            kinds.append(f"{term.path}matrices" if matrices else " ".join([f"{term.path}{term.method.name}", *vectors]))
+        return kinds
 
     def lift(self) -> Delta:
         """The same, with all of its changes as those of the model's own parameters."""
+        own = self._own_biases(self.vectors.values())
+        for change in (*self.matrices.values(), *self.vectors.values()):
+            stored = change.module.get_parameter("weight").detach()
+            before = own.get(change.parameter, Own(stored, stored))
+            own[change.parameter] = replace(before, further=(*before.further, change.in_parameter))
+        return replace(self._without_vectors(), matrices={}, own=own, lifted=True)
+
+    def unscaled(self) -> Delta:
+        """The same, with what its vectors change as changes of matrices and biases."""
+        if not self.vectors:
+            return self
+        own, matrices = self._own_biases(self.vectors.values()), {**self.matrices, **self.vectors}
+        return replace(self._without_vectors(), matrices=matrices, own=own, by_entries=True)
+
+    def add_biases(self) -> None:
+        """Take note of the biases that change with matrices."""
+        found = self._own_biases(self.matrices.values())
+        # no form that changes a matrix alone can hold them
+        self.by_entries |= any(own.further for own in found.values())
+        self.own = found
+
+    def _own_biases(self, changes: Iterable[MatrixChange]) -> dict[str, Own]:
+        """``own`` with the biases that come with these changes."""
         own = dict(self.own)
-        for matrix in self.matrices.values():
-            stored = matrix.module.get_parameter("weight").detach()
-            before = own.get(matrix.parameter, Own(stored, stored))
-            own[matrix.parameter] = replace(before, matrices=(*before.matrices, matrix))
-        return replace(self, matrices={}, own=own, lifted=True)
+        for change in changes:
+            if change.bias_change() is not None:
+                name, stored = f"{change.site.module}.bias", change.module.get_parameter("bias").detach()
+                before = own.get(name, Own(stored, stored))
+                own[name] = replace(before, further=(*before.further, change.in_bias))
+        return own
+
+    def _without_vectors(self) -> Delta:
+        # all whose start is known are vectors
+        kept = {key: value for key, value in self.values.items() if key not in self.starts}
+        return replace(self, vectors={}, values=kept, starts={})
 
 
 def comparable(deltas: Sequence[Delta]) -> list[Delta]:
@@ -169,19 +223,6 @@ def comparable(deltas: Sequence[Delta]) -> list[Delta]:
     if all(found == kinds[0] for found in kinds) or not all(delta.method.mergeable for delta in deltas):
         return list(deltas)
     return [delta.lift() for delta in deltas]
-
-
-def parts(method: Method) -> tuple[Method, ...]:
-    """The parts of a sum; the method itself if it is none."""
-    return method.methods if isinstance(method, Sum) else (method,)
-
-
-def part_of(method: Method, key: str) -> tuple[int, str]:
-    """To which part of a sum the form ``key`` belongs, and its key there."""
-    if not isinstance(method, Sum):
-        return 0, key
-    number, _, rest = key.partition(".")
-    return int(number), rest
 
 
 def read_delta(attachment: Attachment, modules: Mapping[str, nn.Module]) -> Delta:
@@ -200,13 +241,22 @@ def read_delta(attachment: Attachment, modules: Mapping[str, nn.Module]) -> Delt
         form = placed.form.stored()
         if form is None:
             continue
-        number, _ = part_of(method, key)
-        if isinstance(placed.site, WeightSite) and isinstance(form, WeightForm):
+        term = term_of(method, key)
+        if term.gated:  # no change of weights: how much of it acts depends on the input
+            _read_values(delta, key, form)
+        elif isinstance(placed.site, WeightSite) and isinstance(form, WeightForm):
             refuse_tied(attachment, f"{placed.site.module}.weight", modules)
-            delta.matrices[key] = MatrixChange(placed.site, form, modules[placed.site.module])
+            change = MatrixChange(placed.site, form, modules[placed.site.module])
+            if form.neutral is None:
+                delta.matrices[key] = change
+                continue
+            delta.vectors[key] = change
+            _read_values(delta, key, form)
+            for name, vector in form.named_parameters():
+                delta.starts[f"{key}.{name}"] = torch.full_like(vector, form.neutral, requires_grad=False)
         elif isinstance(placed.form, SelectionForm):
             delta.by_entries = True
-        elif placed.site is not None and parts(method)[number].mergeable:
+        elif placed.site is not None and term.method.mergeable:
             delta.by_entries = True
             for name, value in placed.site.merge(form, modules).items():
                 original = _original(modules, name)
@@ -214,13 +264,14 @@ def read_delta(attachment: Attachment, modules: Mapping[str, nn.Module]) -> Delt
                 # rows of a fused matrix have masks of their own
                 tuned = value if before is None or original is None else before.tuned + (value - original.detach())
                 delta.own[name] = Own(tuned, original)
-        elif not parts(method)[number].mergeable:  # else factors that the changes of matrices share
+        elif not term.method.mergeable:  # else factors that the changes of matrices share
             _read_values(delta, key, form)
     for name, parameter in attachment.selection:
         if name in attachment.head_names:
             delta.head[name] = parameter.detach()
         else:
             delta.own[name] = Own(parameter.detach(), _original(modules, name))
+    delta.add_biases()
     return delta
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from deltune.backbone import Anatomy
 from deltune.errors import StateError
 from deltune.merging.low_rank import Factors, compressed, concatenated, lora_of
-from deltune.merging.reading import Delta, part_of, parts
+from deltune.merging.reading import Delta
+from deltune.merging.terms import term_of, terms
 from deltune.merging.vectors import TaskVector
 from deltune.methods import Method, Sum
 from deltune.methods.selective.diff_pruning import DiffPruning
@@ -30,23 +31,23 @@ class Result:
         discarded: the share of the change's Frobenius norm that compression has lost; None where nothing was
             compressed.
         dtypes: types of the forms, by key, where they are not those of the matrices.
+        entries: whether it is changed entries of the model's own parameters, whatever the deltas were.
     """
 
     method: Method
     tensors: dict[str, Tensor]
     discarded: float | None = None
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    entries: bool = False
 
 
-def named_values(
-    deltas: Sequence[Delta], vector: TaskVector, initial: Mapping[str, Tensor] | None
-) -> dict[str, Tensor]:
+def named_values(deltas: Sequence[Delta], vector: TaskVector, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of everything that is merged by name: where it started, plus the change; in its own type.
 
     Args:
         deltas: alike.
         vector: the merged change.
-        initial: the initial values of what the methods add; zeros if none.
+        initial: the initial values of what the methods add, by key; zeros where there is none.
     """
     tensors: dict[str, Tensor] = {}
     for delta in deltas:
@@ -55,7 +56,7 @@ def named_values(
                 tensors[key] = _moved(own.start, vector[key], own.tuned)
         for key, value in delta.values.items():
             if key not in tensors:
-                start = torch.zeros_like(value) if initial is None else initial[key]
+                start = initial.get(key, torch.zeros_like(value))
                 tensors[key] = _moved(start, vector[key], value)
     return {**tensors, **deltas[0].buffers}
 
@@ -110,20 +111,33 @@ def as_low_rank(
             made[key] = compressed(change, rank)
         else:
             made[key] = change if rank is None else change.cut(rank)
-    methods = list(parts(first))
-    tensors, dtypes = dict(named), {}
-    for number in {part_of(first, key)[0] for key in made}:
-        own = {key: part_of(first, key)[1] for key in made if part_of(first, key)[0] == number}
+    found = terms(first)
+    methods = [term.method for term in found]
+    # sums inside of sums, and presets, become terms of one sum
+    numbers = {term.path: f"{number}." if len(found) > 1 else "" for number, term in enumerate(found)}
+
+    def anew(key: str) -> str:
+        path = term_of(first, key).path
+        return numbers[path] + key.removeprefix(path)
+
+    of_forms = {*deltas[0].values, *deltas[0].buffers}
+    tensors = {anew(key) if key in of_forms else key: value for key, value in named.items()}
+    dtypes: dict[str, torch.dtype] = {}
+    for number, term in enumerate(found):
+        own = {key: key.removeprefix(term.path) for key in made if key.startswith(term.path)}
+        if not own:
+            continue
         ranks = {short: made[key].rank for key, short in own.items()}
-        sources = [parts(delta.method)[number] for delta in deltas]
+        sources = [terms(delta.method)[number].method for delta in deltas]
         methods[number], scales = lora_of(ranks, sources, model, anatomy)
         for key, short in own.items():
             changes_here = [delta.matrices[key] for delta in deltas if key in delta.matrices]
-            dtypes[key] = changes_here[0].dtype
+            dtype = changes_here[0].dtype
             for source in changes_here[1:]:
-                dtypes[key] = torch.promote_types(dtypes[key], source.dtype)
-            tensors[f"{key}.A"] = made[key].A
-            tensors[f"{key}.B"] = made[key].B / scales[short]
+                dtype = torch.promote_types(dtype, source.dtype)
+            dtypes[anew(key)] = dtype
+            tensors[f"{anew(key)}.A"] = made[key].A
+            tensors[f"{anew(key)}.B"] = made[key].B / scales[short]
     method = Sum(tuple(methods)) if len(methods) > 1 else methods[0]
     whole, lost = (sum(getattr(item, name) for item in made.values()) for name in ("whole", "lost"))
     discarded = None if rank is None else (lost / whole) ** 0.5 if whole else 0.0
@@ -178,6 +192,5 @@ def as_entries(deltas: Sequence[Delta], vector: TaskVector, model: nn.Module, an
     order = together.argsort()
     method = DiffPruning(kept=len(order))
     prefix = f"{site.key}."
-    return Result(
-        method, {f"{prefix}values": torch.cat(values)[order].to(site.dtype), f"{prefix}indices": together[order]}
-    )
+    tensors = {f"{prefix}values": torch.cat(values)[order].to(site.dtype), f"{prefix}indices": together[order]}
+    return Result(method, tensors, entries=True)

@@ -39,6 +39,8 @@ class WeightForm(GroupableForm):
 
     #: Whether the change depends on the frozen matrix; :meth:`change` and :meth:`weight_delta` are given it then.
     reads_matrix: ClassVar[bool] = False
+    #: Where the change is linear in the parameters' distance from one value, at which there is none: that value.
+    neutral: ClassVar[float | None] = None
 
     @abstractmethod
     def weight_delta(self) -> Tensor:
@@ -149,6 +151,12 @@ class WeightSite(Site):
         else:
             self.rows.view(matrix, 0).copy_(self.rows.split(change, 0))
         return weight
+
+    def in_bias(self, change: Tensor, shape: Sequence[int]) -> Tensor:
+        """A change of the site's own rows (rows) as one of the whole stored bias of ``shape``, else zero."""
+        bias = torch.zeros(tuple(shape), dtype=change.dtype, device=change.device)
+        self._add(bias, change)
+        return bias
 
     def tap(self, control: Control) -> Tap:
         """A tap that adds the change to the module's output."""

@@ -31,6 +31,7 @@ class OutputScale(WeightForm):
 
     formula: ClassVar[str] = "(l - 1) * W {x}"
     reads_matrix: ClassVar[bool] = True
+    neutral: ClassVar[float] = 1.0
 
     def __init__(self, site: WeightSite) -> None:
         super().__init__()
@@ -70,6 +71,7 @@ class InputScale(WeightForm):
 
     formula: ClassVar[str] = "W ((l - 1) * {x})"
     reads_matrix: ClassVar[bool] = True
+    neutral: ClassVar[float] = 1.0
 
     def __init__(self, site: WeightSite) -> None:
         super().__init__()
