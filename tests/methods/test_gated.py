@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import AttentionInterface
 
 import deltune
 from deltune.errors import MethodError
-from deltune.methods import parse
+from deltune.methods import Paper, Preset, Sum, parse
 from deltune.methods.hybrid.gates import InputGate, ScalarGate
 from tests.methods.common import attached, build, output, relative_error
 from tests.zoo import ARCHITECTURES
@@ -22,6 +23,7 @@ GATED = {
     "lora": "lora(rank=2)",
     "lora-decomposed": "lora(rank=2, weight_decomposed=true)",
     "krona-b": "krona-b",
+    "fact": "fact(dropout=0)",
     "parallel-adapter": "parallel-adapter(width=4, dropout=0)",
     "parallel-adapter-heads": "parallel-adapter(width=4, dropout=0, targets=attention)",
     "sequential-adapter": "sequential-adapter(width=4, train_norms=false)",
@@ -224,3 +226,27 @@ def test_a_gated_sum_beside_what_cannot_be_gated() -> None:
     assert torch.isfinite(output(tuned.model, batch)).all()
     with pytest.raises(MethodError, match="at least two"):
         parse("sum(lora)")
+
+
+def test_a_preset_inside_of_a_sum_is_saved_with_its_own_keys(tmp_path: Any) -> None:
+    """Also one that is stored as the sum that it stands for."""
+
+    @dataclass(frozen=True)
+    class Pair(Preset):
+        name: ClassVar[str] = "pair"
+        branch: ClassVar[str] = "hybrid"
+        paper: ClassVar[Paper] = Paper("", "", 2026)
+        learning_rate: ClassVar[float] = 1e-3
+
+        def definition(self) -> Sum:
+            return deltune.LoRA(rank=2) + deltune.ParallelAdapter(width=4)
+
+    method = Pair() + deltune.BitFit()
+    assert str(deltune.LoRA() + (deltune.LoRA() + deltune.BitFit())) == "lora + lora + bitfit"
+    tuned = deltune.attach(build("bert"), method)
+    batch = ARCHITECTURES["bert"].batch()
+    for parameter in tuned.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save(tmp_path)
+    loaded = deltune.load(build("bert"), tmp_path)
+    assert torch.equal(output(loaded.model, batch), output(tuned.model, batch))

@@ -239,7 +239,8 @@ class Method(ABC):
 
     def __add__(self, other: Method) -> Sum:
         """Both methods at once, in one attachment."""
-        return Sum((self, other))
+        terms = (method.methods if type(method) is Sum else (method,) for method in (self, other))
+        return Sum(tuple(term for several in terms for term in several))
 
     def __str__(self) -> str:
         changed = [
@@ -278,17 +279,13 @@ class Sum(Method):
     learning_rate: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        flat: list[Method] = []
-        for method in self.methods:
-            # the parts of a sum of another kind belong together
-            flat.extend(method.methods if type(self) is type(method) is Sum else (method,))
-        if len(flat) < 2:
+        if len(self.methods) < 2:
             raise MethodError("A sum needs at least two methods: LoRA(rank=8) + BitFit().")
-        object.__setattr__(self, "methods", tuple(flat))
-        object.__setattr__(self, "learning_rate", min(method.learning_rate for method in flat))
-        object.__setattr__(self, "weight_decay", min(method.weight_decay for method in flat))
-        object.__setattr__(self, "unchanged_at_start", all(method.unchanged_at_start for method in flat))
-        object.__setattr__(self, "mergeable", all(method.mergeable for method in flat))
+        object.__setattr__(self, "methods", tuple(self.methods))
+        object.__setattr__(self, "learning_rate", min(method.learning_rate for method in self.methods))
+        object.__setattr__(self, "weight_decay", min(method.weight_decay for method in self.methods))
+        object.__setattr__(self, "unchanged_at_start", all(method.unchanged_at_start for method in self.methods))
+        object.__setattr__(self, "mergeable", all(method.mergeable for method in self.methods))
 
     @property
     def parts(self) -> tuple[Method, ...]:

@@ -90,7 +90,9 @@ class Gated(Sum):
                         f"{method.name} trains {site.name} of the model itself, which no gate can scale for each row. "
                         f"Add it to the gated sum instead: gated(...) + {method.name}."
                     )
-                if site is not None and form is not None and any(True for _ in form.parameters()):
+                trains = form is not None and any(True for _ in form.parameters())
+                # what neither trains nor can be gated is no change, such as a shift of positions
+                if site is not None and form is not None and (trains or site.gateable):
                     yield from self._gate(method, number, site, form, gates, model, anatomy)
                 yield placement.within(number)
 
