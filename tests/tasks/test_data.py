@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deltune.errors import DataError
@@ -152,6 +152,8 @@ texts = st.lists(st.tuples(st.sampled_from("abcdefghijklmnop"), st.integers(0, 2
 
 @settings(deadline=None, max_examples=40)
 @given(texts, st.integers(0, 9), st.sampled_from([0.1, 0.3, 0.5]), st.sampled_from([None, "label"]))
+@example([*[("a", 0)] * 4, *[(text, 1) for text in "bcde"], *[(text, 2) for text in "fgh"]], 0, 0.1, "label")
+@example([(text, number % 3) for number, text in enumerate("abcdefgh") for _ in range(10)], 0, 0.1, "label")
 def test_split_is_disjoint_complete_and_keeps_repeated_texts_together(rows, seed, share, stratify):
     dataset = Dataset.from_list([{"text": t, "label": label, "row": n} for n, (t, label) in enumerate(rows)])
     try:

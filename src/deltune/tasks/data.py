@@ -210,6 +210,10 @@ def split_dataset(
             if abs(taken + size - wanted) < abs(taken - wanted):
                 chosen.update(groups[key])
                 taken += size
+    if not chosen:
+        # every stratum with a share has texts that come too often for it: one text of the nearest number of rows
+        nearest = min(groups, key=lambda key: (abs(len(groups[key]) - count), key))
+        chosen.update(groups[nearest] if abs(len(groups[nearest]) - count) < count else ())
     if not chosen or len(chosen) == len(dataset):
         side = "evaluation" if not chosen else "training"
         raise DataError(
